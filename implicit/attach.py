@@ -1,0 +1,187 @@
+"""The derivative of a root as autograd functions: any order, forward and reverse, under vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .border import Border, Equation
+from .options import Options
+from .pullback import pairing, pull, restrict
+from .system import System
+from .transforms import alive, forward_mode, over_batched_gradients, recording, tracked, transformed, within_jvp
+
+__all__ = ["attach"]
+
+
+class _Root(torch.autograd.Function):
+    """y as a function of theta by R(y, theta) = 0: with A = dR/dy and B = dR/dtheta, dy = -A^{-1} B dtheta."""
+
+    @staticmethod
+    def forward(system: System, y: Tensor, *theta: Tensor) -> Tensor:
+        return system.admit(y.clone(), theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.system = inputs[0]
+        # the OUTPUT is saved: it comes back attached to this node, so that a second derivative sees y move with theta
+        ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        system, (y, *theta) = ctx.system, alive(ctx.saved_tensors)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        with recording([y, *theta, v]):
+            u = _solve(system, True, -v, y, *theta)  # A'u = -v
+            if not transformed() and not torch.is_grad_enabled():
+                pulled = system.at(y, theta).jacobian.pull(u, wanted)
+            else:
+                residual = restrict(system.function, [y, *theta], [i + 1 for i in wanted])
+                pulled = pull(residual, [theta[i] for i in wanted], [u])
+        return None, None, *_scatter(pulled, wanted, len(theta))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        given, dots = _given((None, *tangents[2:]))
+        with within_jvp(ctx, dots) as operands:
+            residual = restrict(ctx.system.function, operands, given)
+            # B theta_dot, as the transpose of s -> B's: many operations have no forward mode
+            transpose = _pulled(residual, [operands[i] for i in given])
+            (moved,) = pull(transpose, [torch.zeros_like(operands[0])], dots)
+            return _solve(ctx.system, False, -moved, *operands)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], system: System, y: Tensor, *theta: Tensor
+    ) -> tuple[Tensor, int]:
+        return _apply(_Root, *_more_systems(info, in_dims[1:], system, y, theta)), 0
+
+
+class _LinearSolve(torch.autograd.Function):
+    """u with A(y, theta) u = b, or with A' for A; its derivatives are again such solves."""
+
+    @staticmethod
+    def forward(system: System, transposed: bool, b: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
+        return system.solve(transposed, b, y, theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.system, ctx.transposed = inputs[:2]
+        ctx.save_for_backward(output, *inputs[3:])
+        ctx.save_for_forward(output, *inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        system, transposed, (u, *operands) = ctx.system, ctx.transposed, alive(ctx.saved_tensors)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        with recording([u, *operands, v]):
+            w = _solve(system, not transposed, v, *operands)
+            # v'du = w'(db - dA u), and u'(db - dA w) for the transpose
+            left, right = (u, w) if transposed else (w, u)
+            pulled = pairing(system.function, operands, wanted, left, -right)
+        return None, None, w, *_scatter(pulled, wanted, len(operands))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        system, transposed, (given, dots) = ctx.system, ctx.transposed, _given(tangents[3:])
+        with within_jvp(ctx, dots if tangents[2] is None else [*dots, tangents[2]]) as (u, *operands):
+            b_dot = torch.zeros_like(u) if tangents[2] is None else tangents[2]
+
+            def transpose(s: Tensor) -> tuple[Tensor, ...]:  # of (y_dot, theta_dot) -> A_dot u
+                left, right = (u, s) if transposed else (s, u)
+                return tuple(pairing(system.function, operands, given, left, right))
+
+            if given:
+                b_dot = b_dot - pull(transpose, [torch.zeros_like(u)], dots)[0]
+            return _solve(system, transposed, b_dot, *operands)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        system: System,
+        transposed: bool,
+        b: Tensor,
+        y: Tensor,
+        *theta: Tensor,
+    ) -> tuple[Tensor, int]:
+        b_dim, *dims = in_dims[2:]
+        sides = b.ndim - (b_dim is not None) - (y.ndim - (dims[0] is not None))
+        same = all(dim is None for dim in dims)  # then it is one more right-hand side of the same systems, in front
+        place = 0 if same else sides
+        if b_dim is None:
+            b = b.unsqueeze(place).expand(*b.shape[:place], info.batch_size, *b.shape[place:])
+        else:
+            b = b.movedim(b_dim, place)
+        batched, *operands = [system, y, *theta] if same else _more_systems(info, dims, system, y, theta)
+        return _apply(_LinearSolve, batched, transposed, b, *operands), place
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _solve(system: System, transposed: bool, b: Tensor, *operands: Tensor) -> Tensor:
+    return over_batched_gradients(lambda rows: _apply(_LinearSolve, system, transposed, rows, *operands), b)
+
+
+def _more_systems(
+    info: Any, dims: Sequence[int | None], system: System, y: Tensor, theta: Sequence[Tensor]
+) -> list[Any]:
+    """[system, y, *theta] with the mapped dimension in front of y and of the tensors of theta that have it."""
+    mapped = system.vmapped(tuple(dim is not None for dim in dims[1:]), info.randomness)
+    y = y.expand(info.batch_size, *y.shape) if dims[0] is None else y.movedim(dims[0], 0)
+    return [mapped, y, *(t if dim is None else t.movedim(dim, 0) for t, dim in zip(theta, dims[1:], strict=True))]
+
+
+def _scatter(values: Sequence[Tensor], positions: Sequence[int], length: int) -> list[Tensor | None]:
+    out: list[Tensor | None] = [None] * length
+    for position, value in zip(positions, values, strict=True):
+        out[position] = value
+    return out
+
+
+def _given(tangents: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    pairs = [(i, tangent) for i, tangent in enumerate(tangents) if tangent is not None]
+    return [i for i, _ in pairs], [tangent for _, tangent in pairs]
+
+
+def _pulled(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda s: tuple(pull(function, inputs, [s]))
+
+
+def attach(equation: Equation, function: Callable[..., Any], y: Any, theta: tuple[Any, ...], options: Options) -> Any:
+    """Attach to y the derivative that R(y, theta) = 0 gives it.
+
+    Under torch.compile this runs as it is, in a graph break: the solves look at their residuals.
+
+    Args:
+        equation: of the public function.
+        function: the user's.
+        y: pytree.
+        theta: pytrees.
+        options: of the call.
+
+    Returns:
+        y as its tree.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(attach)(equation, function, y, theta, options)  # type: ignore[no-untyped-call]
+    options.check(equation.owner)
+    if torch.is_inference_mode_enabled():  # where nothing is recorded, but y is certified all the same
+        with torch.inference_mode(False), torch.no_grad():
+            return attach(equation, function, y, theta, options)
+    border, operands = Border.of(equation, function, y, theta, options.batch_dims)
+    live = [tensor.is_floating_point() and tracked(tensor) for tensor in operands.theta]
+    differentiated = any(live) and (torch.is_grad_enabled() or transformed() or forward_mode())
+    system = System(
+        border=border, arguments=operands.arguments, function=border.residual, options=options, live=live,
+        differentiated=differentiated,
+    )  # fmt: skip
+    if transformed() or forward_mode():
+        system.guard(operands)
+    return border.ravel.unflatten(_apply(_Root, system, operands.y, *operands.theta))

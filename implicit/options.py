@@ -1,0 +1,87 @@
+"""The options that root, fixed_point and argmin share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nestopt.linalg import CG, LU, LinearOperator, LinearSolver
+from nestopt.linalg.result import check_stopping
+
+from .monitor import Monitor, OnFailure, check_on_failure
+from .warm_start import WarmStart
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a derivative is computed and what it must certify; `root` documents each.
+
+    Attributes:
+        solver: a LinearSolver, or None for the automatic choice.
+        batch_dims: leading dimensions of every leaf of y that count independent systems.
+        symmetric: promise that dR/dy is symmetric.
+        on_failure: "raise", "warn" or "nan".
+        monitor: collects records, or None.
+        rtol: how far y may be from a root, relative to |y|; None for eps^(1/4) of the dtype.
+        atol: how far y may be from a root; None for eps^(1/2).
+        warm_start: start of iterative solves; None for zero.
+    """
+
+    solver: LinearSolver | None
+    batch_dims: int
+    symmetric: bool
+    on_failure: OnFailure
+    monitor: Monitor | None
+    rtol: float | None
+    atol: float | None
+    warm_start: WarmStart | None
+
+    def check(self, owner: str) -> None:
+        """Refuse options that mean nothing.
+
+        Args:
+            owner: the public function, for messages.
+
+        Raises:
+            TypeError: if solver is not a LinearSolver.
+            ValueError: if batch_dims is negative.
+        """
+        solver: Any = self.solver
+        if solver is not None and not isinstance(solver, LinearSolver):
+            kind = solver.__name__ if isinstance(solver, type) else type(solver).__name__
+            raise TypeError(f"{owner}: solver must be an instance such as nestopt.linalg.GMRES(), but got {kind}.")
+        check_on_failure(owner, self.on_failure)
+        if self.batch_dims < 0:
+            raise ValueError(f"{owner}: batch_dims must be an integer >= 0, but got {self.batch_dims!r}.")
+        check_stopping(owner, self.rtol, 0.0 if self.atol is None else self.atol, 0)
+
+    def limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """(rtol, atol), with the defaults of a dtype put in."""
+        eps = torch.finfo(dtype).eps
+        return eps**0.25 if self.rtol is None else self.rtol, eps**0.5 if self.atol is None else self.atol
+
+    def choose(self, A: LinearOperator) -> LinearSolver:
+        """The solver, or the automatic choice for an operator.
+
+        LU while one matrix has n <= 512 and all systems together no more than 2^24 entries (128 MiB in float64); beyond
+        that CG when A is promised symmetric, as at a minimiser, and GMRES when it is not.
+
+        Args:
+            A: of shape (*systems, n, n).
+
+        Returns:
+            The solver.
+        """
+        if self.solver is not None:
+            return self.solver
+        if A.shape[-1] <= 512 and A.shape.numel() <= 2**24 and A.dtype in (torch.float32, torch.float64):
+            return LU()
+        if A.symmetric:
+            return CG()
+        from nestopt.linalg import GMRES
+
+        return GMRES()

@@ -1,0 +1,115 @@
+"""The derivative of a minimiser, or of any stationary point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import LinearSolver
+
+from .attach import attach
+from .border import Border, Equation
+from .monitor import Monitor, OnFailure
+from .options import Options
+from .transforms import transformed
+from .warm_start import WarmStart
+
+__all__ = ["argmin"]
+
+
+def argmin(
+    objective: Callable[..., Tensor],
+    y: Any,
+    *theta: Any,
+    solver: LinearSolver | None = None,
+    batch_dims: int = 0,
+    on_failure: OnFailure = "raise",
+    monitor: Monitor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    warm_start: WarmStart | None = None,
+) -> Any:
+    r"""Return y, computed by any means, with the derivative that f_y(y, theta) = 0 gives it.
+
+    The root of R = f_y, the gradient of the objective in y, so A = f_yy is the true Hessian (not a Gauss-Newton matrix,
+    which is biased wherever residuals are curved) and B = f_y_theta: see `root`, which says how derivatives,
+    certificates, batches and failures are handled. A is symmetric, and at a strict minimiser positive definite; at a
+    saddle the derivative is right too, but CG says NEGATIVE_CURVATURE: use LU or MINRES.
+
+    The objective must be smooth near y. For a term that is not, or constraints, write y = prox(y - s f_y) and use
+    `fixed_point`.
+
+    Cost: as for `root`, a product with A being one backward pass through the gradient's graph.
+
+    Args:
+        objective: (y, *theta) -> f, a scalar; with batch_dims, one value an item, of y's leading shape.
+        y: the computed minimiser: a tensor or a pytree of them.
+        theta: tensors, or pytrees of tensors and constants; see `root`.
+        solver: of f_yy u = -v; None takes LU, which needs no definiteness, up to n = 512, beyond that CG.
+        batch_dims: number of leading dimensions of y that count independent problems.
+        on_failure: "raise", "warn" or "nan"; see `root`.
+        monitor: collects a Record of y and of every solve.
+        rtol: how far y may be from stationary relative to |y|; None for eps^(1/4) of the dtype, 1e-4 in float64.
+        atol: the same in y's units; None for eps^(1/2).
+        warm_start: keep one object across the calls of a training loop.
+
+    Returns:
+        y, in its structure, dtype and device, attached to the graph of theta.
+
+    Raises:
+        TypeError: if objective does not return a floating tensor; see also `root`.
+        ValueError: if it does not return a scalar (an item); see also `root`.
+        SolverError: see `root`.
+
+    Reference:
+        Bengio, Gradient-based optimization of hyper-parameters, 2000; Blondel et al. 2022.
+
+    Example:
+        >>> import torch
+        >>> from nestopt import implicit
+        >>> t = torch.tensor(0.7, dtype=torch.float64)
+        >>> a = torch.tensor(2.25, dtype=torch.float64, requires_grad=True)
+        >>> x = implicit.argmin(lambda x, a: a * x**2 / 2 - t * x, t / a, a)
+        >>> (slope,) = torch.autograd.grad(x, a, create_graph=True)
+        >>> round(torch.autograd.grad(slope, a)[0].item(), 8)  # 2 t / a^3
+        0.12290809
+    """
+    options = Options(solver, batch_dims, True, on_failure, monitor, rtol, atol, warm_start)
+    return attach(_EQUATION, objective, y, theta, options)
+
+
+def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    return _gradient(lambda v: _total(border, border.call(v, theta)), vector)
+
+
+_EQUATION = Equation("implicit.argmin", "a stationary point", "objective", _residual)
+
+
+def _total(border: Border, value: Any) -> Tensor:
+    """The sum of the objective over the items, whose gradient is each item's own."""
+    owner = border.equation.owner
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{owner}: objective must return a floating tensor, but it returned {kind}.")
+    if value.shape != border.batch and (border.batch or value.numel() != 1):
+        wanted = f"one value an item, of shape {tuple(border.batch)}" if border.batch else "a scalar"
+        raise ValueError(
+            f"{owner}: objective must return {wanted}, but it returned a tensor of shape {tuple(value.shape)}; "
+            f"{'sum over each item alone' if border.batch else 'return its mean or sum'}."
+        )
+    return value.sum()
+
+
+def _gradient(total: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    if transformed():
+        return torch.func.grad(total)(vector)  # type: ignore[no-any-return]
+    with torch.enable_grad():  # outside transforms plain autograd has fewer restrictions
+        inner = vector.view_as(vector) if vector.requires_grad else vector.detach().requires_grad_()
+        value = total(inner)
+        if not value.requires_grad:
+            return torch.zeros_like(vector)
+        (gradient,) = torch.autograd.grad(value, inner, create_graph=True, materialize_grads=True)
+    return gradient

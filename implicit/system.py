@@ -1,0 +1,266 @@
+"""The system R(y, theta) = 0 behind a derivative: its Jacobian at the point, its certificates and its linear solves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import Prepared, Solution
+from nestopt.linalg.autodiff import reached_leaves
+from nestopt.linalg.dense import Factored
+from nestopt.linalg.guard import closure_tensors, describe_captured
+from nestopt.linalg.result import Result, Status, scalar_or_tensor
+
+from .border import Border, Operands
+from .jacobian import SystemJacobian
+from .monitor import Kind, Record, report
+from .options import Options
+from .transforms import dual, first_item, forward_mode, tracked, transformed
+
+__all__ = ["System"]
+
+
+class _Point:
+    """The Jacobian at one point, the solver prepared for it, and the tensors that the point consists of."""
+
+    def __init__(self, system: System, y: Tensor, theta: Sequence[Tensor]) -> None:
+        self.jacobian = SystemJacobian(system.function, y, theta, symmetric=system.options.symmetric)
+        self.tensors = [tensor.detach() for tensor in (y, *theta)]
+        self.versions = [tensor._version for tensor in self.tensors]
+        self._solver = system.options.choose(self.jacobian)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The solver with what it does once for this matrix."""
+        return self._solver.prepare(self.jacobian)
+
+    @property
+    def factored(self) -> bool:
+        """Whether a solve costs no products beyond its verification."""
+        return isinstance(self.prepared, Factored)
+
+    def is_at(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same memory, unchanged: its owner is held here, so an address names nothing else."""
+        return len(tensors) == len(self.tensors) and all(
+            new.layout == torch.strided
+            and new.data_ptr() == old.data_ptr()
+            and (new.shape, new.stride(), new.dtype, new.device) == (old.shape, old.stride(), old.dtype, old.device)
+            and new._version == version
+            for new, old, version in zip(tensors, self.tensors, self.versions, strict=True)
+        )
+
+
+@dataclass(eq=False)
+class System:
+    """What the two autograd functions share: the residual, how to solve with its Jacobian, and where that was done.
+
+    The Jacobian and its factorisation at the point are kept here, for every product, right-hand side and order of
+    derivative, and die with the graph that holds this object.
+
+    Args:
+        border: of the call.
+        arguments: for each tensor of theta, which argument of the call it belongs to.
+        function: (y, *theta) -> R, y and R of shape (*vmaps, *batch, n).
+        options: of the call.
+        live: which tensors of theta may be differentiated.
+        differentiated: whether any derivative may be asked for.
+    """
+
+    border: Border
+    arguments: list[int]
+    function: Callable[..., Tensor]
+    options: Options
+    live: list[bool]
+    differentiated: bool
+    _point: _Point | None = field(default=None, init=False)
+    _vmapped: dict[Any, System] = field(default_factory=dict, init=False)
+
+    def vmapped(self, mapped: tuple[bool, ...], randomness: str) -> System:
+        """The system of one more dimension of systems, in front, over which y and the `mapped` tensors of theta run."""
+        key = (mapped, randomness)
+        if key not in self._vmapped:
+            dims = tuple(0 if flag else None for flag in mapped)
+            function = torch.func.vmap(self.function, in_dims=(0, *dims), randomness=randomness)
+            self._vmapped[key] = replace(self, function=function)
+        return self._vmapped[key]
+
+    def at(self, y: Tensor, theta: Sequence[Tensor]) -> _Point:
+        """The Jacobian at a point of plain tensors: the kept one if it is of this point, else a new one.
+
+        Args:
+            y: shape (*systems, n).
+            theta: tensors.
+
+        Returns:
+            The point.
+        """
+        tensors = [y, *theta]
+        if self._point is None or not self._point.is_at(tensors):
+            self._point = _Point(self, y, theta)
+        return self._point
+
+    def guard(self, operands: Operands) -> None:
+        """Refuse captured tensors that a transform of torch.func or forward mode differentiates or maps over.
+
+        The residual is evaluated, under the transforms but on inputs outside of them: whatever the value then carries
+        was captured.
+
+        Args:
+            operands: of the call.
+        """
+        theta = [first_item(tensor) for tensor in operands.theta]
+        with torch.enable_grad():
+            value = self.function(first_item(operands.y), *theta)
+        if transformed() and tracked(value):
+            self._refuse_captured(_names(self.border.function, tracked))
+        if forward_mode() and dual(value):
+            self._refuse_captured(_names(self.border.function, dual))
+
+    def admit(self, y: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """Certify y as a root, per item, and return it (NaN where it is refused and on_failure says so).
+
+        Args:
+            y: shape (*systems, n).
+            theta: tensors.
+
+        Returns:
+            y.
+
+        Raises:
+            SolverError: for a y that is not a root, if on_failure says so.
+        """
+        point = self.at(y, theta)
+        A = point.jacobian
+        self._check_graph(A)
+        r = A.residual_vector.detach()
+        size = A.norm(r)
+        distance, spent = self._distance(point, r, size)
+        rtol, atol = self.options.limits(A.dtype)
+        tolerance = rtol * A.norm(y) + atol
+        codes = torch.where(distance <= tolerance, Status.CONVERGED.code, Status.NOT_STATIONARY.code)
+        codes = torch.where(torch.isfinite(size) & torch.isfinite(tolerance), codes, Status.NON_FINITE.code)
+        self._record("point", codes, size, distance, tolerance, 0, spent)
+        bad = codes != Status.CONVERGED.code
+        if bool(bad.any()):
+            result = Result(x=y, codes=codes, iterations=0, error=scalar_or_tensor(distance))
+            words = self.border.equation
+            subject = (
+                f"{words.owner}: y is not {words.solution} of {words.role} to rtol={rtol:.1e}, "
+                f"atol={atol:.1e} (the error is its estimated distance to one); compute y further, or loosen rtol"
+            )
+            report(subject, result, self.options.on_failure)
+            if self.options.on_failure == "nan":
+                y = torch.where(bad[..., None], torch.nan, y)
+        if not self.differentiated:
+            self._point = None
+        return y
+
+    def solve(self, transposed: bool, b: Tensor, y: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """Solve A u = b, or A'u = b, at a point, and certify the solution.
+
+        Args:
+            transposed: which of the two.
+            b: shape (*sides, *systems, n).
+            y: shape (*systems, n).
+            theta: tensors.
+
+        Returns:
+            u; NaN for an item that failed where on_failure is "nan", or where it is no better than zero.
+        """
+        kind: Kind = "adjoint" if transposed else "tangent"
+        point = self.at(y, theta)
+        prepared, A = point.prepared, point.jacobian.T if transposed else point.jacobian
+        memory = None if point.factored else self.options.warm_start
+        start = None if memory is None else memory.guess(A, b, transposed)
+        solution: Solution = (prepared.solve_transposed if transposed else prepared.solve)(b, start)
+        size = torch.as_tensor(solution.error)
+        self._record(kind, solution.codes, size, size, solution.tolerance, solution.iterations, solution.products)
+        u: Tensor = solution.x
+        failed = solution.codes != Status.CONVERGED.code
+        if bool(failed.any()):
+            report(
+                f"{self.border.equation.owner}: the {kind} system of the derivative", solution, self.options.on_failure
+            )
+            useless = failed if self.options.on_failure == "nan" else failed & ~(size < A.norm(b))
+            u = torch.where(useless[..., None], torch.nan, u)
+        if memory is not None:
+            memory.remember(u, transposed)
+        return u
+
+    def _distance(self, point: _Point, r: Tensor, size: Tensor) -> tuple[Tensor, int]:
+        """How far y is from a root, and the products it took to see."""
+        A, step, spent = point.jacobian, torch.full_like(size, torch.nan), size.numel()
+        if self.differentiated and point.factored:  # which the derivative will need: the Newton step is at hand
+            newton = point.prepared.solve(r)
+            step, spent = A.norm(newton.x), newton.products
+            if bool(torch.isfinite(step).all()):
+                return step, spent
+        # a lower bound of it by Cauchy-Schwarz: R'R = (A'R)' A^{-1} R <= |A'R| |A^{-1} R|
+        bound = torch.where(size == 0, 0, size * (size / A.norm(A._rmatvec(r))))
+        return torch.where(torch.isfinite(step), step, bound), spent
+
+    def _check_graph(self, A: SystemJacobian) -> None:
+        """Refuse captured tensors, arguments that nothing uses, and systems that are not independent."""
+        words, leaves = self.border.equation, reached_leaves(A.residual_vector)
+        known = {id(leaf) for leaf in (A.y, *A.theta)}
+        captured = [leaf for leaf in leaves if id(leaf) not in known]
+        if captured:
+            self._refuse_captured(describe_captured(self.border.function, captured))
+        reached = {id(leaf) for leaf in leaves}
+        used = {i for i, leaf in zip(self.arguments, A.theta, strict=True) if id(leaf) in reached}
+        for argument, live in zip(self.arguments, self.live, strict=True):
+            if live and argument not in used:
+                raise ValueError(
+                    f"{words.owner}: {words.role} has no path from theta[{argument}], so its derivative would "
+                    f"silently be zero; use it in {words.role} without detach() or item(), or, if zero is meant, pass "
+                    "it detached."
+                )
+        self._check_independent(A)
+
+    def _check_independent(self, A: SystemJacobian) -> None:
+        batch, words = self.border.batch, self.border.equation
+        if batch.numel() < 2:
+            return
+        front = A.y.shape[: A.y.ndim - 1 - len(batch)]
+        probe = torch.zeros(*front, batch.numel(), A.shape[-1], dtype=A.dtype, device=A.device)
+        probe[..., 0, :] = torch.arange(1.0, A.shape[-1] + 1, dtype=A.dtype, device=A.device).cos()
+        image = A._rmatvec(probe.reshape(A.y.shape)).reshape(probe.shape)[..., 1:, :]
+        if bool((image.isfinite() & (image != 0)).any()):
+            raise ValueError(
+                f"{words.owner}: batch_dims={len(batch)} says that the items of y are independent systems, but "
+                f"in {words.role} the first one and others do depend on each other; let it act on every item alone, or "
+                "use batch_dims=0."
+            )
+
+    def _refuse_captured(self, names: str) -> None:
+        words = self.border.equation
+        raise ValueError(
+            f"{words.owner}: {words.role} captures {names}, whose derivative would be dropped; "
+            f"pass it as an argument after y, {words.role}(y, *theta), or detach it if it is a "
+            "constant."
+        )
+
+    def _record(
+        self, kind: Kind, codes: Tensor, residual: Any, error: Any, tolerance: Any, steps: Any, spent: int
+    ) -> None:
+        if self.options.monitor is not None:
+            residual, error, tolerance = (_number(value) for value in (residual, error, tolerance))
+            record = Record(
+                kind=kind, codes=codes, residual_norm=residual, error=error, tolerance=tolerance, iterations=steps,
+                products=spent,
+            )  # fmt: skip
+            self.options.monitor.records.append(record)
+
+
+def _names(function: Callable[..., Any], which: Callable[[Tensor], bool]) -> str:
+    named = (f"`{name}` of shape {tuple(t.shape)}" for name, t in closure_tensors(function) if which(t))
+    return ", ".join(dict.fromkeys(named)) or "a tensor"
+
+
+def _number(value: Any) -> Any:
+    return scalar_or_tensor(value) if isinstance(value, Tensor) else value

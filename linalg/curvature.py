@@ -1,0 +1,277 @@
+"""Hessian, GaussNewton, Jacobian: the operators of a user's function at a point, over pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import optree
+from torch import Tensor
+
+from .autodiff import GraphOperator, fresh_leaves, reached_leaves
+from .guard import describe_captured, explain, probe, refusal
+from .isolation import RandomState, isolated
+from .operator import LinearOperator
+from .product import HessianProduct, KeptGraph, Objective
+from .tree import Ravel, leaf_paths, named_tree
+
+__all__ = ["GaussNewton", "Hessian", "Jacobian"]
+
+
+class Hessian(LinearOperator):
+    """The Hessian of a scalar function of a pytree of tensors, by products; the matrix is never formed.
+
+    H v = d/dt grad loss(params + t v) at t = 0, exact (Pearlmutter 1994). The tree is raveled in optree's order (dicts
+    by sorted key), so that v has shape (..., n); `H.into.flatten(tree)` and `H.into.unflatten(v)` go both ways. The
+    loss is evaluated once, here, at a copy of params: the operator does not see later changes of params, and every
+    product has the same dropout masks. Products draw nothing from torch's generators. Buffers (BatchNorm's running
+    statistics) are not changed, and attention runs by its mathematical kernel: see `isolated`.
+
+    A loss that is linear in params has the zero Hessian; so has a tensor that loss does not use (`H.unused` names
+    them). A NaN in the loss is a NaN in every product, which the solvers name.
+
+    Cost: 2 to 3 gradients to construct, then about one gradient a product; other trades by `product`.
+
+    Args:
+        loss: loss(params) -> scalar tensor.
+        params: pytree of floating tensors of one dtype and device, or a module, whose named parameters are then passed
+            to loss as a dict (for `torch.func.functional_call`).
+        product: KeptGraph(), FreshGraph() or ForwardOverReverse(), each with a chunk_size for blocks.
+        definite: see LinearOperator; True where the loss is strictly convex.
+
+    Attributes:
+        into: the Ravel of params.
+        value: the loss, 0-d.
+        gradient: its gradient, (n,).
+        unused: paths of the tensors of params that the loss does not depend on.
+
+    Raises:
+        TypeError: if loss does not return a floating tensor, a leaf of params is not a floating tensor, or
+            (UndifferentiableError) an operation has no second derivative, which names it, its module and the cure.
+        ValueError: if the loss is not a scalar, does not depend on params, or captures tensors that require grad; if
+            params is empty or of several dtypes or devices.
+
+    Reference:
+        Pearlmutter 1994, Fast exact multiplication by the Hessian.
+
+    Example:
+        >>> import torch
+        >>> x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+        >>> H = Hessian(lambda p: p["b"] * (p["a"] ** 2).sum(), x)
+        >>> H @ torch.tensor([1.0, 0.0, 0.0])
+        tensor([6., 0., 2.])
+        >>> H.gradient
+        tensor([ 6., 12.,  5.])
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any], Any],
+        params: Any,
+        *,
+        product: HessianProduct = KeptGraph(),
+        definite: bool | None = None,
+    ) -> None:
+        if not isinstance(product, HessianProduct):
+            raise TypeError(
+                f"Hessian: product must be KeptGraph(), FreshGraph() or ForwardOverReverse(), but got {product!r}."
+            )
+        self.into = Ravel.of(params, "params")
+        super().__init__(
+            (self.into.size, self.into.size), self.into.dtype, self.into.device, symmetric=True, definite=definite
+        )
+        self.product = product
+        self._objective = Objective(
+            loss, self.into, [leaf.detach() for leaf in fresh_leaves(self.into, params)],
+            RandomState.now(self.device), "loss",
+        )  # fmt: skip
+        leaves = self._objective.leaves()
+        value = self._objective(leaves)
+        self.unused = _check_graph("Hessian", "loss", loss, [value], leaves, params)
+        found = probe([value], forward=product.forward, batched=product.chunk_size is not None)
+        if found is not None:
+            raise refusal("Hessian", *found, self._objective.replay)
+        self.value = value.detach()
+        try:
+            self.gradient, self.operator, self._blocks = product.attach(self._objective, value, leaves)
+        except RuntimeError as error:  # NotImplementedError is one
+            self._refuse(error, forward=False)
+
+    @property
+    def looped(self) -> str | None:
+        """Why blocks go one vector at a time in spite of a chunk_size (an operation cannot be vmapped), or None."""
+        return self._blocks.looped
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        try:
+            return self.operator._matvec(v)
+        except Exception as error:  # a compiled function that is traced in forward mode fails an assertion
+            self._refuse(error, forward=self.product.forward)
+
+    def _refuse(self, error: Exception, *, forward: bool) -> NoReturn:
+        better = explain("Hessian", error, self._objective.replay, forward=forward)
+        if better is None:
+            raise error
+        raise better from error
+
+
+class Jacobian(LinearOperator):
+    """The Jacobian of a function between pytrees of tensors, by products with it and with its transpose.
+
+    J v = d/dt function(params + t v) at t = 0, of shape (..., m); J' u of shape (..., n). The function is evaluated
+    once, here, at a copy of params, and its graph is kept: dropout masks are fixed, buffers are not changed.
+    `J.into` ravels params and `J.out` ravels the outputs.
+
+    Cost: one evaluation to construct; a backward pass for each product with J'; the first product with J makes the
+    backward graph, which is kept, and then one pass through it a product.
+
+    Args:
+        function: function(params) -> pytree of floating tensors, of the dtype and device of params.
+        params: pytree of floating tensors, or a module, whose named parameters are then passed as a dict.
+        chunk_size: vectors of a block in one vmapped pass; None for one pass a vector.
+
+    Attributes:
+        into: the Ravel of params.
+        out: the Ravel of the outputs.
+        value: the outputs as one vector (m,).
+        unused: paths of the tensors of params that no output depends on.
+
+    Raises:
+        TypeError: if a leaf of params or of the outputs is not a floating tensor; from a product with J,
+            (UndifferentiableError) if an operation's backward pass cannot be differentiated.
+        ValueError: if the outputs do not depend on params, differ in dtype or device, or the function captures tensors
+            that require grad.
+
+    Example:
+        >>> import torch
+        >>> J = Jacobian(lambda x: {"square": x**2, "sum": x.sum()}, torch.tensor([1.0, 2.0]))
+        >>> J @ torch.tensor([1.0, 1.0]), J.T @ torch.tensor([0.0, 0.0, 1.0])
+        (tensor([2., 4., 2.]), tensor([1., 1.]))
+    """
+
+    def __init__(self, function: Callable[[Any], Any], params: Any, *, chunk_size: int | None = None) -> None:
+        self.into = into = Ravel.of(params, "params")
+        leaves = fresh_leaves(into, params)
+        random = RandomState.now(into.device)
+
+        def evaluate() -> Any:  # holds no reference to self: the graph is freed with the operator, not by a collection
+            with isolated():
+                return function(into.build(leaves))
+
+        tree = evaluate()
+        self.out = Ravel.of(tree, "the output of function")
+        if self.out.dtype != self.into.dtype or self.out.device != self.into.device:
+            raise ValueError(
+                f"Jacobian: the output of function must be {self.into.dtype} on {self.into.device}, like params, but "
+                f"it is {self.out.dtype} on {self.out.device}; convert it with .to(...)."
+            )
+        super().__init__((self.out.size, self.into.size), self.into.dtype, self.into.device)
+        outputs = optree.tree_leaves(tree)
+        self.unused = _check_graph("Jacobian", "function", function, outputs, leaves, params)
+        self.operator = GraphOperator(outputs, leaves, self.out, self.into, chunk_size=chunk_size)
+        self.value = self.out.join([output.detach() for output in outputs])
+        self._replay = lambda: random.run(evaluate)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self._explained(self.operator._matvec, v)
+
+    def _rmatvec(self, v: Tensor) -> Tensor:
+        return self._explained(self.operator._rmatvec, v)
+
+    def _explained(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        try:
+            return product(v)
+        except RuntimeError as error:
+            better = explain("Jacobian", error, self._replay)
+            if better is None:
+                raise
+            raise better from error
+
+
+class GaussNewton(LinearOperator):
+    """The generalised Gauss-Newton matrix J' L J of loss(model(params)), by products; semidefinite for convex losses.
+
+    J is the Jacobian of model at params and L the Hessian of loss at its outputs, so that the Hessian of the
+    composition is J' L J plus the curvature of model, which is left out. Both graphs are made once and kept.
+
+    Cost: three backward passes a product, of which two go through model: about one gradient.
+
+    Args:
+        model: model(params) -> pytree of floating tensors.
+        loss: loss(outputs) -> scalar; convex where the product should be positive semidefinite.
+        params: pytree of floating tensors, or a module, whose named parameters are then passed as a dict.
+        chunk_size: vectors of a block in one vmapped pass; None for one pass a vector.
+        definite: see LinearOperator; True where J has full column rank and L is positive definite.
+
+    Attributes:
+        jacobian: J, a Jacobian.
+        loss_hessian: L, a Hessian.
+        gradient: of the composition, J' times the gradient of loss.
+
+    Reference:
+        Schraudolph 2002, Fast curvature matrix-vector products for second-order gradient descent.
+
+    Example:
+        >>> import torch
+        >>> A = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> G = GaussNewton(lambda x: A @ x, lambda r: (r**2).sum() / 2, torch.zeros(2))
+        >>> G.to_dense()
+        tensor([[2., 2.],
+                [2., 4.]])
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Any], Any],
+        loss: Callable[[Any], Any],
+        params: Any,
+        *,
+        chunk_size: int | None = None,
+        definite: bool | None = None,
+    ) -> None:
+        self.jacobian = Jacobian(model, params, chunk_size=chunk_size)
+        self.into = self.jacobian.into
+        super().__init__(
+            (self.into.size, self.into.size), self.into.dtype, self.into.device, symmetric=True, definite=definite
+        )
+        outputs = self.jacobian.out.unflatten(self.jacobian.value)
+        self.loss_hessian = Hessian(loss, outputs, product=KeptGraph(chunk_size))
+        self.value = self.loss_hessian.value
+        self.unused = self.jacobian.unused
+        self.gradient = self.jacobian._rmatvec(self.loss_hessian.gradient)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        J, L = self.jacobian, self.loss_hessian
+        return J._rmatvec(L._matvec(J._matvec(v)))
+
+
+def _check_graph(
+    owner: str,
+    role: str,
+    function: Callable[..., Any],
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    params: Any,
+) -> list[str]:
+    """Refuse functions that miss params or use other tensors that require grad; the paths of what is unused."""
+    reached = {id(leaf): leaf for output in outputs for leaf in reached_leaves(output)}
+    paths = leaf_paths(named_tree(params), "params")
+    unused = [path for path, leaf in zip(paths, leaves, strict=True) if reached.pop(id(leaf), None) is None]
+    captured = list(reached.values())
+    originals = {id(leaf) for leaf in optree.tree_leaves(named_tree(params))}
+    if captured and all(id(leaf) in originals for leaf in captured):
+        raise ValueError(
+            f"{owner}: {role} uses the tensors of params themselves ({describe_captured(function, captured)}) instead "
+            f"of its argument; compute with the argument, for a module by functional_call(module, params, x)."
+        )
+    if captured:
+        raise ValueError(
+            f"{owner}: {role} uses tensors that require grad and are not in params: "
+            f"{describe_captured(function, captured)}; put them into params, or detach them (requires_grad_(False))."
+        )
+    if len(unused) == len(paths):
+        raise ValueError(
+            f"{owner}: {role} does not depend on params, so there is nothing to differentiate; look for .detach(), "
+            ".item(), torch.no_grad() or an unused argument."
+        )
+    return unused

@@ -1,0 +1,193 @@
+"""Direct solves of operators small enough to be materialised: the oracle of every test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+from .operator import LinearOperator
+from .result import Status, check_stopping, scalar_or_tensor
+from .solver import LinearSolver, Prepared, Solution, default_rtol
+
+__all__ = ["LU", "Cholesky"]
+
+
+@dataclass(frozen=True)
+class Factored(Prepared):
+    """A factorisation kept for many solves with A and A'."""
+
+    matrix: Tensor
+    factors: tuple[Tensor, ...]
+    faults: Tensor
+
+    def solve(self, b: Tensor, x0: Tensor | None = None) -> Solution:
+        """Solve A x = b by the kept factors; x0 is not needed and not used."""
+        return self.solver._substitute(self, b, transposed=False)  # type: ignore[attr-defined, no-any-return]
+
+    def solve_transposed(self, b: Tensor, x0: Tensor | None = None) -> Solution:
+        """Solve A' x = b by the kept factors; x0 is not needed and not used."""
+        return self.solver._substitute(self, b, transposed=True)  # type: ignore[attr-defined, no-any-return]
+
+
+@dataclass(frozen=True)
+class _Direct(LinearSolver):
+    rtol: float | None = None
+    atol: float = 0.0
+    refinements: int = 2
+
+    def __post_init__(self) -> None:
+        check_stopping(type(self).__name__, self.rtol, self.atol, self.refinements)
+
+    def _solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> Solution:
+        return self._substitute(self.prepare(A), b, transposed=False)
+
+    def prepare(self, A: LinearOperator) -> Factored:
+        """Materialise A by n products and factorise it.
+
+        Args:
+            A: square operator, of shape (*batch, n, n).
+
+        Returns:
+            The factors, with solve and solve_transposed.
+        """
+        self._check_operator(A)
+        with torch.no_grad():
+            matrix = A.to_dense().detach()
+            factors, faults = self._factorise(matrix)
+        return Factored(self, A, matrix, factors, faults)
+
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        raise TypeError("a direct solver writes _factorise")  # pragma: no cover
+
+    def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
+        raise TypeError("a direct solver writes _back")  # pragma: no cover
+
+    def _substitute(self, f: Factored, b: Tensor, transposed: bool) -> Solution:
+        A = f.operator.T if transposed else f.operator
+        rtol = default_rtol(A.dtype) if self.rtol is None else self.rtol
+        tolerance = (rtol * A.norm(b)).clamp_min(self.atol)
+        x = self._columns(f, b, transposed)
+        residual = A.residual(x, b)
+        error, spent = A.norm(residual), 1
+        faults = f.faults.expand(error.shape) if f.faults.ndim else f.faults.expand(error.shape)
+        ok = faults == Status.RUNNING.code
+        iterations = torch.zeros_like(error, dtype=torch.int64)
+        for _ in range(self.refinements):
+            again = ok & (error > tolerance) & torch.isfinite(error)
+            if not bool(again.any()):
+                break
+            correction = self._columns(f, residual, transposed)
+            trial = torch.where(again[..., None], x + correction, x)
+            fresh = A.residual(trial, b)
+            size, spent = A.norm(fresh), spent + 1
+            better = again & (size < error)
+            x = torch.where(better[..., None], trial, x)
+            residual = torch.where(better[..., None], fresh, residual)
+            error = torch.where(better, size, error)
+            iterations = iterations + again
+        zero = A.norm(b) == 0
+        x = torch.where(zero[..., None], 0, x)
+        error = torch.where(zero, 0, error)
+        codes = torch.where(error <= tolerance, Status.CONVERGED.code, Status.STAGNATED.code)
+        codes = torch.where(torch.isfinite(error), codes, Status.NON_FINITE.code)
+        named = ~ok & ~(zero & (faults != Status.NON_FINITE.code))
+        codes = torch.where(named, faults, codes)
+        # a failed factorisation has no solution to offer: x is NaN, and says so
+        x = torch.where(named[..., None], torch.nan, x)
+        error = torch.where(named, torch.nan, error)
+        return Solution(
+            x=x, codes=codes, iterations=scalar_or_tensor(iterations), error=scalar_or_tensor(error),
+            residual_norm=scalar_or_tensor(error), tolerance=scalar_or_tensor(tolerance),
+            products=A.shape[-1] + spent * max(error.numel(), 1),
+        )  # fmt: skip
+
+    def _columns(self, f: Factored, b: Tensor, transposed: bool) -> Tensor:
+        batch = f.operator.batch_shape
+        sides = b.ndim - 1 - len(batch)
+        columns = b.reshape(-1, *batch, b.shape[-1]).movedim(0, -1) if sides else b[..., None]
+        x = self._back(f.factors, columns, transposed)
+        return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
+
+
+def _conditioned(diagonal: Tensor, matrix: Tensor) -> Tensor:
+    """Codes: SINGULAR where a pivot is at the rounding level of the largest, NON_FINITE where the matrix is."""
+    n = matrix.shape[-1]
+    eps = torch.finfo(matrix.dtype).eps
+    size = diagonal.abs()
+    singular = size.amin(-1) <= n * eps * size.amax(-1) if n else torch.zeros(matrix.shape[:-2], dtype=torch.bool)
+    codes = torch.where(singular, Status.SINGULAR.code, Status.RUNNING.code)
+    return torch.where(torch.isfinite(matrix).all(-1).all(-1), codes, Status.NON_FINITE.code)
+
+
+@dataclass(frozen=True)
+class Cholesky(_Direct):
+    """Solve A x = b for symmetric positive definite A by its Cholesky factor.
+
+    CONVERGED means |b - A x| <= max(rtol |b|, atol), measured, after at most `refinements` steps of iterative
+    refinement. A matrix that is not positive definite is NEGATIVE_CURVATURE or SINGULAR, and x is then NaN.
+
+    Cost: n products to materialise A, n^3/3 to factorise; `prepare(A)` keeps the factor for many solves.
+
+    Args:
+        rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
+        atol: absolute tolerance, in b's units.
+        refinements: limit of refinement steps.
+
+    Example:
+        >>> from nestopt.linalg import Cholesky, Dense
+        >>> Cholesky()(Dense(torch.tensor([[4.0]]), symmetric=True), torch.tensor([2.0])).x
+        tensor([0.5000])
+    """
+
+    needs_symmetric: ClassVar[bool] = True
+
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        # LAPACK refuses NaN by an exception on some builds: factorise the identity in its place, the code tells
+        finite = torch.isfinite(matrix).all(-1).all(-1)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], matrix, eye))
+        codes = _conditioned(L.diagonal(dim1=-2, dim2=-1).square(), matrix)
+        if bool(((info > 0) & finite).any()):
+            lowest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrix, eye))
+            scale = lowest.abs().amax(-1)
+            negative = lowest[..., 0] < -10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale
+            fault = torch.where(negative, Status.NEGATIVE_CURVATURE.code, Status.SINGULAR.code)
+            codes = torch.where((info > 0) & finite, fault, codes)
+        return (L,), codes
+
+    def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
+        return torch.cholesky_solve(b, factors[0])
+
+
+@dataclass(frozen=True)
+class LU(_Direct):
+    """Solve A x = b for any square A by LU with partial pivoting.
+
+    CONVERGED means |b - A x| <= max(rtol |b|, atol), measured, after at most `refinements` steps of iterative
+    refinement. A matrix that is singular to working precision is SINGULAR, and x is then NaN.
+
+    Cost: n products to materialise A, 2 n^3/3 to factorise; `prepare(A)` keeps the factors for solves with A and A'.
+
+    Args:
+        rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
+        atol: absolute tolerance, in b's units.
+        refinements: limit of refinement steps.
+
+    Example:
+        >>> from nestopt.linalg import LU, Dense
+        >>> LU()(Dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]])), torch.tensor([2.0, 3.0])).x
+        tensor([3., 1.])
+    """
+
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        finite = torch.isfinite(matrix).all(-1).all(-1)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, eye))
+        return (factors, pivots), _conditioned(factors.diagonal(dim1=-2, dim2=-1), matrix)
+
+    def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
+        return torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from laws_optim import check_set
+from torch import Tensor
+
+from nestopt.constrained import Ball, Box, Set, Simplex, WholeSpace, project
+
+INF = math.inf
+
+
+def cloud(n: int, dtype: torch.dtype, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(12, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)).to(dtype)
+
+
+def tensor(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+SETS = {
+    "space": lambda dtype: WholeSpace(),
+    "box": lambda dtype: Box(-0.5, 0.25),
+    "half-line": lambda dtype: Box(low=0.0),
+    "box of tensors": lambda dtype: Box(
+        tensor(-INF, 0.0, -1.0, 2.0, dtype=dtype), tensor(0.0, INF, 1.0, 2.0, dtype=dtype)
+    ),
+    "ball": lambda dtype: Ball(0.7),
+    "ball elsewhere": lambda dtype: Ball(1.5, tensor(1.0, 2.0, 0.0, -1.0, dtype=dtype)),
+    "point": lambda dtype: Ball(0.0, 1.0),
+    "simplex": lambda dtype: Simplex(),
+    "large simplex": lambda dtype: Simplex(30.0),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_laws(name: str, dtype: torch.dtype) -> None:
+    s = SETS[name](dtype)
+    check_set(s, cloud(4, dtype), feasible=s.project(cloud(4, dtype, 0.5).flip(0)))
+
+
+@pytest.mark.parametrize("name", ["box", "ball", "simplex"])
+@pytest.mark.parametrize("n", [1, 80])
+def test_laws_in_other_dimensions(name: str, n: int) -> None:
+    check_set(SETS[name](torch.float64), cloud(n, torch.float64))
+
+
+def test_box_takes_any_shape() -> None:
+    assert Box(0.0, 3.0).project(tensor(-1.0)[0]) == 0
+    assert bool(Box(0.0, 3.0).contains(tensor(1.0)[0]))
+    high = tensor(1.0, 2.0)[:, None]
+    assert torch.equal(Box(0.0, high).project(torch.full((4, 2, 3), 9.0, dtype=torch.float64)), high.expand(4, 2, 3))
+
+
+def test_box_is_differentiable_in_its_bounds() -> None:
+    low = tensor(0.0, 0.0).requires_grad_()
+    Box(low, 5.0).project(tensor(-1.0, 1.0)).sum().backward()
+    assert torch.equal(low.grad, tensor(1.0, 0.0))
+
+
+def test_ball_is_safe_at_its_center_and_at_huge_points() -> None:
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    Ball(1.0).project(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, dtype=torch.float64))
+    far = Ball(2.0).project(tensor(1e300, 0.0, -1e300))
+    assert torch.allclose(far, tensor(math.sqrt(2), 0.0, -math.sqrt(2)), rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("scale", "x", "expected"),
+    [
+        (1.0, (0.0, 0.0, -INF), (0.5, 0.5, 0.0)),
+        (1.0, (1e9, 1e9 + 0.25, -1e9), (0.375, 0.625, 0.0)),
+        (1.0, (3.0,), (1.0,)),
+        (2.0, (0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
+        (3.0, (5.0, 1.0, 1.0), (3.0, 0.0, 0.0)),
+        (1e9, (0.0, 1.0, -1e12), (5e8 - 0.5, 5e8 + 0.5, 0.0)),
+    ],
+)
+def test_simplex_known_answers(scale: float, x: tuple[float, ...], expected: tuple[float, ...]) -> None:
+    p = Simplex(scale).project(tensor(*x))
+    assert torch.allclose(p, tensor(*expected), rtol=1e-15, atol=0)
+
+
+def test_simplex_against_bisection() -> None:
+    x = cloud(50, torch.float64, 1e3)
+    low, high = x.amin(-1, keepdim=True) - 1, x.amax(-1, keepdim=True)
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = (x - middle).clamp_min(0).sum(-1, keepdim=True) > 7.0
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    assert torch.allclose(Simplex(7.0).project(x), (x - low).clamp_min(0), atol=1e-11)
+
+
+def test_project_follows_the_tree() -> None:
+    tree = {"a": tensor(3.0, -3.0), "b": [tensor(2.0), tensor(2.0)[0]]}
+    everywhere = project(Box(0.0, 1.0), tree)
+    assert torch.equal(everywhere["a"], tensor(1.0, 0.0))
+    assert everywhere["b"][1] == 1
+    some = project({"a": Simplex(), "b": [None, Box(high=-1.0)]}, tree)
+    assert torch.equal(some["a"], tensor(1.0, 0.0))
+    assert torch.equal(some["b"][0], tensor(2.0))
+    assert some["b"][1] == -1
+    assert project(None, tree) is tree
+    assert torch.equal(project(Ball(1.0), tensor(3.0, 4.0)), tensor(0.6, 0.8))
+    module = torch.nn.Linear(2, 1)
+    assert sorted(project(Box(0.0), module)) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Box(1.0, 0.0), ValueError, "low <= high"),
+        (lambda: Box(math.nan, 0.0), ValueError, "low <= high"),
+        (lambda: Box(torch.zeros(2), torch.ones(3)), ValueError, "broadcast"),
+        (lambda: Ball(-1.0), ValueError, "radius"),
+        (lambda: Ball(INF), ValueError, "WholeSpace"),
+        (lambda: Simplex(0.0), ValueError, "scale"),
+        (lambda: Simplex().project(torch.zeros(())), ValueError, "0-d"),
+        (lambda: Box(torch.zeros(3)).project(torch.zeros(2)), ValueError, "does not broadcast"),
+        (lambda: Box(torch.zeros(2, 1)).project(torch.zeros(3)), ValueError, "does not broadcast"),
+        (lambda: Box(torch.zeros(2)).project(tensor(0.0, 1.0)), ValueError, "float32"),
+        (lambda: Box(0.0).project(torch.zeros(2, dtype=torch.int64)), TypeError, "floating"),
+        (lambda: project({"a": Box(0.0)}, {"b": tensor(1.0)}), ValueError, "structure"),
+        (lambda: project({"a": 1.0}, {"a": tensor(1.0)}), TypeError, r"sets\['a'\]"),
+    ],
+)
+def test_bad_input_is_named(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_wrong_projection_breaks_the_laws() -> None:
+    class Shrunk(Set):
+        def _project(self, x: Tensor) -> Tensor:
+            return Box(-1.0, 1.0).project(0.9 * x)
+
+    with pytest.raises(AssertionError):
+        check_set(Shrunk(), cloud(4, torch.float64))
