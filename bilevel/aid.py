@@ -42,9 +42,10 @@ class AIDState(MethodState):
 class AID(Method):
     """Approximate implicit differentiation for a smooth lower level with positive definite f_yy.
 
-    One step: try x+ = P_X(x + size * d), d = -g or a quasi-Newton direction; solve min f(x+, .) from the last y; if the upper step rule takes F(x+, y+),
-    solve H v = F_y from the last v and set g+ = F_x - f_xy v; else stay at x and try a smaller size. Lower levels are
-    solved to a tenth of the run's tolerance, so nothing but the upper step limits the accuracy.
+    One step: try x+ = P_X(x + size * d), d = -g or a quasi-Newton direction; solve min f(x+, .) from the last y; if the
+    upper step rule takes F(x+, y+), solve H v = F_y from the last v and set g+ = F_x - f_xy v; else stay at x and try a
+    smaller size. Lower levels are solved to a tenth of the run's tolerance, so nothing but the upper step limits the
+    accuracy.
 
     `error` is the largest of |f_y|, |F_y - H v| and |P_X(x - g) - x|, all measured at the point returned; CONVERGED
     means error <= max(rtol * (|F_x| + |f_xy v|), atol) with the scale taken at x0. A lower Hessian that is singular or
@@ -144,9 +145,13 @@ class AID(Method):
             e = level.differentiate(e, s.adjoint if self.warm_start else None)
         if e.fault is None and e.hypergradient is not None:
             rule = step.after(s.rule, dx, e.hypergradient - s.hypergradient, e.value)
-            return self._state(problem, spaces, e, rule, float(s.tolerance), s.counts + e.counts, int(s.iterations) + 1, s.y_first)
+            return self._state(
+                problem, spaces, e, rule, float(s.tolerance), s.counts + e.counts, int(s.iterations) + 1, s.y_first
+            )
         rule = step.after(s.rule, dx, None, e.value)
-        stuck = float(rule.size * step.direction(rule, s.hypergradient).norm()) <= 4 * eps * max(float(s.x_vector.norm()), eps)
+        stuck = float(rule.size * step.direction(rule, s.hypergradient).norm()) <= 4 * eps * max(
+            float(s.x_vector.norm()), eps
+        )
         code = (e.fault or Status.LINE_SEARCH_FAILED).code if stuck else _RUNNING
         return replace(s, rule=rule, codes=torch.tensor(code), counts=s.counts + e.counts, iterations=s.iterations + 1)
 

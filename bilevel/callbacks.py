@@ -85,14 +85,16 @@ class History(Callback):
         step = int(state.iterations)
         if self.records and self.records[-1]["iteration"] == step:
             return
-        self.records.append({
-            "iteration": step,
-            "seconds": time.perf_counter() - self._begun,
-            "value": float(state.value),
-            "error": float(state.error),
-            **{name: float(value) for name, value in state.residuals.items()},
-            **asdict(state.counts),
-        })
+        self.records.append(
+            {
+                "iteration": step,
+                "seconds": time.perf_counter() - self._begun,
+                "value": float(state.value),
+                "error": float(state.error),
+                **{name: float(value) for name, value in state.residuals.items()},
+                **asdict(state.counts),
+            }
+        )
 
 
 class ProgressBar(Callback):
@@ -239,7 +241,7 @@ class Checkpoint(Callback):
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -254,6 +256,6 @@ def _restore_random_state(saved: dict[str, Any]) -> None:
     if saved["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda"])
     kind, keys, position, has_gauss, gauss = saved["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = saved["python"]
     random.setstate((version, tuple(internal), gauss_next))

@@ -15,7 +15,7 @@ from .problem import Linearization
 
 __all__ = ["Certificate", "Constants", "certify"]
 
-_MEMORY = 50_000_000  # numbers that the Lanczos runs may store
+_SMALL = 300  # up to this dimension Lanczos may exhaust the space, which makes its figures exact
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def certify(
     strong_convexity: float | None = None,
     constants: Constants | None = None,
     *,
+    effort: int = 100,
     seed: int = 0,
 ) -> Certificate:
     r"""Bound the error of G = psi_x as the derivative of phi(x) = F(x, y*(x)).
@@ -77,9 +78,8 @@ def certify(
     so that |dphi - G| <= |psi_xy| |delta| + (|f_xy| / mu) (|rho| + |psi_yy| |delta|), with the norms taken at y: exact
     when F and f are quadratic in y, first order in delta otherwise. Rounding of f_y and rho at the scale of
     machine epsilon times |H| is added to them. The norms, and mu unless it is given, are Lanczos bounds (not estimates)
-    that fail with a probability of 1e-8 over the random start. Where Lanczos cannot prove a positive mu in up to 300
-    products (the root of the condition number or the dimension, whichever is less, is about what it needs), the bound is
-    inf.
+    that fail with a probability of 1e-8 over the random start. Where Lanczos cannot prove a positive mu within `effort`
+    products (about the root of the condition number, or the dimension, is what it needs) the bound is inf.
 
     Args:
         point: both objectives at (x, y).
@@ -87,6 +87,8 @@ def certify(
         residual_norm: |F_y - H v|, measured.
         strong_convexity: mu, when known; every eigenvalue of f_yy must be at least this between y and y*.
         constants: of an earlier call; nothing is estimated then.
+        effort: limit of products for mu, and for each of the norms (which need 5 to 20); raised to the dimension where
+            that is at most 300.
         seed: of the random starts.
 
     Returns:
@@ -95,7 +97,7 @@ def certify(
     eps = torch.finfo(adjoint.dtype).eps
     lowest = None
     if constants is None:
-        constants, lowest = _estimate(point, adjoint, strong_convexity, seed)
+        constants, lowest = _estimate(point, adjoint, strong_convexity, effort, seed)
     mu = constants.strong_convexity if strong_convexity is None else strong_convexity
     y = torch.cat([leaf.detach().flatten() for leaf in point.y_leaves])
     top = constants.largest_curvature
@@ -110,12 +112,13 @@ def certify(
 
 
 def _estimate(
-    point: Linearization, adjoint: Tensor, strong_convexity: float | None, seed: int
+    point: Linearization, adjoint: Tensor, strong_convexity: float | None, effort: int, seed: int
 ) -> tuple[Constants, float | None]:
     spaces = point.spaces
     generator = torch.Generator(adjoint.device).manual_seed(seed)
-    steps = max(20, min(300, _MEMORY // spaces.y.size))
-    spectrum = extreme_eigenvalues(point.hessian, steps=steps, rtol=0.1, generator=generator)
+    steps = max(effort, spaces.y.size) if spaces.y.size <= _SMALL else effort
+    known = strong_convexity is not None
+    spectrum = extreme_eigenvalues(point.hessian, steps=steps, rtol=0.2, generator=generator, need_lowest=not known)
     mu = max(float(spectrum.lowest_bound), 0.0) if strong_convexity is None else strong_convexity
     psi = point.upper_graph - sum(
         ((g * v).sum() for g, v in zip(point.lower_y_graph, spaces.y.split(adjoint), strict=True)),
@@ -127,8 +130,8 @@ def _estimate(
         GraphOperator(psi_y, point.x_leaves, spaces.y, spaces.x),
         GraphOperator(psi_y, point.y_leaves, spaces.y, spaces.y, symmetric=True),
     ]
-    norms = [operator_norm(operator, steps=steps, rtol=0.1, generator=generator) for operator in operators]
+    norms = [operator_norm(operator, steps=steps, rtol=0.2, generator=generator) for operator in operators]
     cross, upper_lower, lower_lower = (float(norm.bound) for norm in norms)
     top = max(abs(float(spectrum.lowest)), abs(float(spectrum.highest)))
     spent = spectrum.products + sum(norm.products for norm in norms)
-    return Constants(mu, top, cross, upper_lower, lower_lower, spent), float(spectrum.lowest)
+    return Constants(mu, top, cross, upper_lower, lower_lower, spent), None if known else float(spectrum.lowest)

@@ -96,9 +96,9 @@ class HOAG(Method):
         phi+ <= phi + C eps_{k+1} + eps_k (C + 1) |dx| - L |dx|^2 / 2;
 
     it is taken and L kept when phi+ is between that and phi; else L doubles, and where phi+ >= phi + 0.2 |phi| x stays
-    and the tolerances are halved. Two changes to the paper's rule: it doubles L in the last case only, so that
-    with a step a little too long phi grows by less than 20 % a step for ever; and it asks for L |dx|^2, which no gradient
-    step can give once eps is small, so that L never falls again. Tolerances stop falling at a tenth of the run's own.
+    and the tolerances are halved. Two changes to the paper's rule: it doubles L in the last case only, so that with a
+    step a little too long phi grows by less than 20 % a step for ever; and it asks for L |dx|^2, which no gradient step
+    can give once eps is small, so that L never falls again. Tolerances stop falling at a tenth of the run's own.
 
     `error` and CONVERGED are AID's: the largest measured residual against max(rtol * (|F_x| + |f_xy v|), atol), so the
     run cannot end before the schedule has come down to the tolerance (0.9^k takes 150 steps to 1e-7).
@@ -166,12 +166,23 @@ class HOAG(Method):
         g = e.hypergradient
         tiny = torch.finfo(g.dtype).tiny
         first = (g.norm() / (0.1 * x.norm().clamp_min(1.0))).clamp_min(tiny)
-        return self._state(problem, spaces, e, HOAGState(
-            x_vector=x, y_vector=e.y, value=e.value, error=e.value, tolerance=g.new_tensor(upper_tolerance(self.stopping, e.scale)),
-            codes=torch.tensor(_RUNNING), iterations=torch.tensor(-1), counts=Counts(), spaces=spaces, hypergradient=g,
-            adjoint=g, lipschitz=first if self.lipschitz is None else g.new_tensor(self.lipschitz), tightening=1.0,
+        s = HOAGState(
+            x_vector=x,
+            y_vector=e.y,
+            value=e.value,
+            error=e.value,
+            tolerance=g.new_tensor(upper_tolerance(self.stopping, e.scale)),
+            codes=torch.tensor(_RUNNING),
+            iterations=torch.tensor(-1),  # _state counts one more
+            counts=Counts(),
+            spaces=spaces,
+            hypergradient=g,
+            adjoint=g,
+            lipschitz=first if self.lipschitz is None else g.new_tensor(self.lipschitz),
+            tightening=1.0,
             lower_scale=scale,
-        ))  # fmt: skip
+        )
+        return self._state(problem, spaces, e, s)
 
     def step(self, problem: Problem, state: HOAGState, data: Any = None) -> HOAGState:
         """Try one upper step.

@@ -134,7 +134,7 @@ class Spaces:
             for second, b in named[i + 1 :]:
                 if _overlap(a, b):
                     raise ValueError(
-                        f"{first} and {second} share memory, but each variable must have its own; pass {second}.clone()."
+                        f"{first} and {second} share memory, but each variable needs its own; pass {second}.clone()."
                     )
         return spaces
 

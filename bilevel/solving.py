@@ -22,7 +22,7 @@ def solve(
     callbacks: Iterable[Callable[[int, Any], Any]] = (),
     state: MethodState | None = None,
 ) -> BilevelResult:
-    """min over x in X of F(x, y*(x)), y*(x) = argmin f(x, .).
+    """Solve min over x in X of F(x, y*(x)), y*(x) = argmin f(x, .), by any method.
 
     Args:
         problem: the objectives and sets.

@@ -111,9 +111,9 @@ class SpectralStep(UpperStep):
     """Spectral (Barzilai-Borwein) steps with a non-monotone Armijo test: projected gradients that need no tuning.
 
     A trial is accepted when phi(trial) <= max of the last `memory` values + decrease * <hypergradient, dx> + noise.
-    After it the next size is dx'dx / dx'dg (or dx'dg / dg'dg, where that is less than half), which follows the local curvature; where
-    the hypergradient shows no positive curvature along dx the size grows fourfold. A rejected trial halves the size; one
-    with a NaN divides it by ten.
+    After it the next size is dx'dx / dx'dg (or dx'dg / dg'dg, where that is less than half of it), which follows the
+    local curvature; where the hypergradient shows no positive curvature along dx the size grows fourfold. A rejected
+    trial halves the size; one with a NaN divides it by ten.
 
     Args:
         first: length of the first trial step relative to max(1, |x|).
@@ -159,9 +159,9 @@ class QuasiNewtonStep(UpperStep):
     """Limited-memory BFGS directions with an Armijo test, for an upper level without a set.
 
     The direction is -B g with the inverse BFGS matrix B of the last `memory` pairs (dx, dg), by the two-loop recursion;
-    a pair enters when dx'dg > 1e-10 |dx| |dg|. The first trial along a direction has size 1 (before there is a pair, the
-    length first * max(1, |x|)). A trial is accepted when phi(trial) <= phi(x) + decrease * <g, dx> + noise; a rejected
-    one halves the size, one with a NaN divides it by ten, and after eight halvings the pairs are forgotten.
+    a pair enters when dx'dg > 1e-10 |dx| |dg|. The first trial along a direction has size 1 (before there is a pair,
+    the length first * max(1, |x|)). A trial is accepted when phi(trial) <= phi(x) + decrease * <g, dx> + noise; a
+    rejected one halves the size, one with a NaN divides it by ten, and after eight halvings the pairs are forgotten.
 
     Args:
         first: length of the first trial step relative to max(1, |x|).

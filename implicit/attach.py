@@ -26,13 +26,16 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # what has no tangent is not differentiated
         ctx.system = inputs[0]
         # the OUTPUT is saved: it comes back attached to this node, so that a second derivative sees y move with theta
         ctx.save_for_backward(output, *inputs[2:])
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Any:
+    def backward(ctx: Any, v: Tensor | None) -> Any:
+        if v is None:
+            return (None,) * len(ctx.needs_input_grad)
         system, (y, *theta) = ctx.system, alive(ctx.saved_tensors)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         with recording([y, *theta, v]):
@@ -70,12 +73,15 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.system, ctx.transposed = inputs[:2]
         ctx.save_for_backward(output, *inputs[3:])
         ctx.save_for_forward(output, *inputs[3:])
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Any:
+    def backward(ctx: Any, v: Tensor | None) -> Any:
+        if v is None:
+            return (None,) * len(ctx.needs_input_grad)
         system, transposed, (u, *operands) = ctx.system, ctx.transposed, alive(ctx.saved_tensors)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         with recording([u, *operands, v]):
@@ -176,7 +182,7 @@ def attach(equation: Equation, function: Callable[..., Any], y: Any, theta: tupl
         with torch.inference_mode(False), torch.no_grad():
             return attach(equation, function, y, theta, options)
     border, operands = Border.of(equation, function, y, theta, options.batch_dims)
-    live = [tensor.is_floating_point() and tracked(tensor) for tensor in operands.theta]
+    live = [tensor.is_floating_point() and tracked(tensor, mapped=False) for tensor in operands.theta]
     differentiated = any(live) and (torch.is_grad_enabled() or transformed() or forward_mode())
     system = System(
         border=border, arguments=operands.arguments, function=border.residual, options=options, live=live,

@@ -27,14 +27,23 @@ class SystemJacobian(LinearOperator):
     Args:
         function: (y, *theta) -> R.
         y: shape (*systems, n).
-        theta: tensors; the floating ones become leaves of the graph.
+        theta: tensors.
+        live: which of them become leaves of the graph.
         symmetric: promise that A is, as a Hessian is.
     """
 
-    def __init__(self, function: Callable[..., Tensor], y: Tensor, theta: Sequence[Tensor], *, symmetric: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        y: Tensor,
+        theta: Sequence[Tensor],
+        live: Sequence[bool],
+        *,
+        symmetric: bool,
+    ) -> None:
         super().__init__((*y.shape, y.shape[-1]), y.dtype, y.device, symmetric=symmetric)
         self.y = y.detach().requires_grad_()
-        self.theta = [t.detach().requires_grad_() if t.is_floating_point() else t for t in theta]
+        self.theta = [t.detach().requires_grad_(flag) for t, flag in zip(theta, live, strict=True)]
         with torch.enable_grad():
             self.residual_vector = function(self.y, *self.theta)
         self._dual: tuple[Tensor, Tensor] | None = None

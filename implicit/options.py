@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nestopt.linalg import CG, LU, LinearOperator, LinearSolver
+from nestopt.linalg import CG, GMRES, LU, LinearOperator, LinearSolver
 from nestopt.linalg.result import check_stopping
 
 from .monitor import Monitor, OnFailure, check_on_failure
@@ -80,8 +80,4 @@ class Options:
             return self.solver
         if A.shape[-1] <= 512 and A.shape.numel() <= 2**24 and A.dtype in (torch.float32, torch.float64):
             return LU()
-        if A.symmetric:
-            return CG()
-        from nestopt.linalg import GMRES
-
-        return GMRES()
+        return CG() if A.symmetric else GMRES()

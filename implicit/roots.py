@@ -90,7 +90,7 @@ def root(
         >>> x = implicit.root(lambda x, theta: x - torch.cos(x) - theta, y, theta)
         >>> (slope,) = torch.autograd.grad(x, theta, create_graph=True)
         >>> round(slope.item(), 12), round(torch.autograd.grad(slope, theta)[0].item(), 12)
-        (0.597510045675, -0.157654155848)
+        (0.597510045675, -0.157663114104)
     """
     options = Options(solver, batch_dims, symmetric, on_failure, monitor, rtol, atol, warm_start)
     return attach(_EQUATION, residual, y, theta, options)

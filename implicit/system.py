@@ -29,7 +29,7 @@ class _Point:
     """The Jacobian at one point, the solver prepared for it, and the tensors that the point consists of."""
 
     def __init__(self, system: System, y: Tensor, theta: Sequence[Tensor]) -> None:
-        self.jacobian = SystemJacobian(system.function, y, theta, symmetric=system.options.symmetric)
+        self.jacobian = SystemJacobian(system.function, y, theta, system.live, symmetric=system.options.symmetric)
         self.tensors = [tensor.detach() for tensor in (y, *theta)]
         self.versions = [tensor._version for tensor in self.tensors]
         self._solver = system.options.choose(self.jacobian)
@@ -178,7 +178,7 @@ class System:
         memory = None if point.factored else self.options.warm_start
         start = None if memory is None else memory.guess(A, b, transposed)
         solution: Solution = (prepared.solve_transposed if transposed else prepared.solve)(b, start)
-        size = torch.as_tensor(solution.error)
+        size = torch.as_tensor(solution.error, dtype=b.dtype, device=b.device)
         self._record(kind, solution.codes, size, size, solution.tolerance, solution.iterations, solution.products)
         u: Tensor = solution.x
         failed = solution.codes != Status.CONVERGED.code

@@ -89,18 +89,19 @@ def first_item(tensor: Tensor) -> Tensor:
         return first_item(inner.select(dim, 0) if batched else inner)
 
 
-def tracked(tensor: Tensor) -> bool:
-    """Whether any level differentiates the tensor (in reverse or forward mode) or maps over it."""
+def tracked(tensor: Tensor, *, mapped: bool = True) -> bool:
+    """Whether any level differentiates the tensor, in reverse or forward mode, or (where `mapped`) maps over it."""
     here = transformed() and _here(tensor)
-    if here and torch._C._functorch.is_batchedtensor(tensor):
+    batched = here and torch._C._functorch.is_batchedtensor(tensor)
+    if batched and mapped:
         return True
-    if (here or not transformed()) and (tensor.requires_grad or dual(tensor)):
+    if not batched and (here or not transformed()) and (tensor.requires_grad or dual(tensor)):
         return True
     if not transformed():
         return False
     inner = torch._C._functorch.get_unwrapped(tensor) if here else tensor
     with temporarily_pop_interpreter_stack():
-        return tracked(inner)
+        return tracked(inner, mapped=mapped)
 
 
 def over_batched_gradients(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:

@@ -171,8 +171,14 @@ class Jacobian(LinearOperator):
         self.operator = GraphOperator(outputs, leaves, self.out, self.into, chunk_size=chunk_size)
         self.value = self.out.join([output.detach() for output in outputs])
         self._replay = lambda: random.run(evaluate)
+        self._probed = False
 
     def _matvec(self, v: Tensor) -> Tensor:
+        if not self._probed:  # a backward pass that is differentiable once would give silent zeros
+            found = probe(self.operator.outputs, linear=True)
+            if found is not None:
+                raise refusal("Jacobian", *found, self._replay)
+            self._probed = True
         return self._explained(self.operator._matvec, v)
 
     def _rmatvec(self, v: Tensor) -> Tensor:

@@ -1,24 +1,24 @@
-"""Direct solves of operators small enough to be materialised: the oracle of every test."""
+"""Direct solves of operators small enough to be materialised."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
 from .operator import LinearOperator
-from .result import Status, check_stopping, scalar_or_tensor
-from .solver import LinearSolver, Prepared, Solution, default_rtol
+from .result import Status, any_of, check_stopping, scalar_or_tensor
+from .solver import LinearSolver, Prepared, Solution, default_rtol, measure
 
 __all__ = ["LU", "Cholesky"]
 
 
 @dataclass(frozen=True)
 class Factored(Prepared):
-    """A factorisation kept for many solves with A and A'."""
+    """A factorisation kept for many solves with A and A'; a solve costs only the products that certify it."""
 
     matrix: Tensor
     factors: tuple[Tensor, ...]
@@ -26,11 +26,16 @@ class Factored(Prepared):
 
     def solve(self, b: Tensor, x0: Tensor | None = None) -> Solution:
         """Solve A x = b by the kept factors; x0 is not needed and not used."""
-        return self.solver._substitute(self, b, transposed=False)  # type: ignore[attr-defined, no-any-return]
+        return self._solve(b, x0, transposed=False)
 
     def solve_transposed(self, b: Tensor, x0: Tensor | None = None) -> Solution:
         """Solve A' x = b by the kept factors; x0 is not needed and not used."""
-        return self.solver._substitute(self, b, transposed=True)  # type: ignore[attr-defined, no-any-return]
+        return self._solve(b, x0, transposed=True)
+
+    def _solve(self, b: Tensor, x0: Tensor | None, transposed: bool) -> Solution:
+        self.solver._check(self.operator, b, x0)
+        with torch.no_grad():
+            return self.solver._substitute(self, b.detach(), transposed)  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class _Direct(LinearSolver):
         check_stopping(type(self).__name__, self.rtol, self.atol, self.refinements)
 
     def _solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> Solution:
-        return self._substitute(self.prepare(A), b, transposed=False)
+        solution = self._substitute(self.prepare(A), b, transposed=False)
+        return replace(solution, products=solution.products + A.shape[-1] * A.batch_shape.numel())
 
     def prepare(self, A: LinearOperator) -> Factored:
         """Materialise A by n products and factorise it.
@@ -60,35 +66,35 @@ class _Direct(LinearSolver):
             factors, faults = self._factorise(matrix)
         return Factored(self, A, matrix, factors, faults)
 
+    @abstractmethod
     def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        raise TypeError("a direct solver writes _factorise")  # pragma: no cover
+        """The factors, and a code for each matrix."""
 
+    @abstractmethod
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
-        raise TypeError("a direct solver writes _back")  # pragma: no cover
+        """The columns of A^-1 b or A'^-1 b, of shape (*batch, n, columns)."""
 
     def _substitute(self, f: Factored, b: Tensor, transposed: bool) -> Solution:
         A = f.operator.T if transposed else f.operator
         rtol = default_rtol(A.dtype) if self.rtol is None else self.rtol
         tolerance = (rtol * A.norm(b)).clamp_min(self.atol)
         x = self._columns(f, b, transposed)
-        residual = A.residual(x, b)
-        error, spent = A.norm(residual), 1
-        faults = f.faults.expand(error.shape) if f.faults.ndim else f.faults.expand(error.shape)
+        residual, error = A.certified_residual(x, b)
+        products = error.numel() * A.certification_products
+        faults = f.faults.expand(error.shape)
         ok = faults == Status.RUNNING.code
         iterations = torch.zeros_like(error, dtype=torch.int64)
         for _ in range(self.refinements):
             again = ok & (error > tolerance) & torch.isfinite(error)
-            if not bool(again.any()):
+            if not any_of(again):
                 break
-            correction = self._columns(f, residual, transposed)
-            trial = torch.where(again[..., None], x + correction, x)
-            fresh = A.residual(trial, b)
-            size, spent = A.norm(fresh), spent + 1
+            trial = torch.where(again[..., None], x + self._columns(f, residual, transposed), x)
+            fresh, size, spent = measure(A, trial, b, again)
             better = again & (size < error)
             x = torch.where(better[..., None], trial, x)
             residual = torch.where(better[..., None], fresh, residual)
             error = torch.where(better, size, error)
-            iterations = iterations + again
+            iterations, products = iterations + again, products + spent
         zero = A.norm(b) == 0
         x = torch.where(zero[..., None], 0, x)
         error = torch.where(zero, 0, error)
@@ -101,8 +107,7 @@ class _Direct(LinearSolver):
         error = torch.where(named, torch.nan, error)
         return Solution(
             x=x, codes=codes, iterations=scalar_or_tensor(iterations), error=scalar_or_tensor(error),
-            residual_norm=scalar_or_tensor(error), tolerance=scalar_or_tensor(tolerance),
-            products=A.shape[-1] + spent * max(error.numel(), 1),
+            residual_norm=scalar_or_tensor(error), tolerance=scalar_or_tensor(tolerance), products=products,
         )  # fmt: skip
 
     def _columns(self, f: Factored, b: Tensor, transposed: bool) -> Tensor:
@@ -113,12 +118,12 @@ class _Direct(LinearSolver):
         return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
 
 
-def _conditioned(diagonal: Tensor, matrix: Tensor) -> Tensor:
-    """Codes: SINGULAR where a pivot is at the rounding level of the largest, NON_FINITE where the matrix is."""
-    n = matrix.shape[-1]
-    eps = torch.finfo(matrix.dtype).eps
-    size = diagonal.abs()
-    singular = size.amin(-1) <= n * eps * size.amax(-1) if n else torch.zeros(matrix.shape[:-2], dtype=torch.bool)
+def _conditioned(pivots: Tensor, sizes: Tensor, matrix: Tensor) -> Tensor:
+    """Codes: SINGULAR where a pivot is at the rounding level of what it was computed from, NON_FINITE where the matrix is.
+
+    Comparing each pivot with its own row and column, not with the largest pivot, makes this independent of scaling.
+    """
+    singular = (pivots.abs() <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * sizes).any(-1)
     codes = torch.where(singular, Status.SINGULAR.code, Status.RUNNING.code)
     return torch.where(torch.isfinite(matrix).all(-1).all(-1), codes, Status.NON_FINITE.code)
 
@@ -150,7 +155,7 @@ class Cholesky(_Direct):
         finite = torch.isfinite(matrix).all(-1).all(-1)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], matrix, eye))
-        codes = _conditioned(L.diagonal(dim1=-2, dim2=-1).square(), matrix)
+        codes = _conditioned(L.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).abs(), matrix)
         if bool(((info > 0) & finite).any()):
             lowest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrix, eye))
             scale = lowest.abs().amax(-1)
@@ -187,7 +192,13 @@ class LU(_Direct):
         finite = torch.isfinite(matrix).all(-1).all(-1)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, eye))
-        return (factors, pivots), _conditioned(factors.diagonal(dim1=-2, dim2=-1), matrix)
+        if not matrix.shape[-1]:
+            diagonal = matrix.diagonal(dim1=-2, dim2=-1)  # nothing to index
+            return (factors, pivots), _conditioned(diagonal, diagonal, matrix)
+        order, _, _ = torch.lu_unpack(factors, pivots, unpack_data=False)
+        rows = (order.mT @ matrix.abs().amax(-1, keepdim=True))[..., 0]
+        sizes = torch.minimum(rows, matrix.abs().amax(-2))
+        return (factors, pivots), _conditioned(factors.diagonal(dim1=-2, dim2=-1), sizes, matrix)
 
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
         return torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)

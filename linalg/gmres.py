@@ -42,9 +42,9 @@ class GMRES(Krylov[GMRESState]):
     residual. All columns of b run at once, and one that has ended is frozen. CONVERGED means that a fresh product gave
     |b - A x| <= max(rtol |b|, atol); a wrong claim of the recurrence restarts, or ends as STAGNATED when that no longer
     halves the true residual. Also STAGNATED: a whole cycle that gains nothing (the next one would repeat it; raise
-    `restart`), or a long window that gains less than 1 %. Where the space is exhausted because A M v lies in the image
-    of earlier directions, that is no convergence: the column is SINGULAR, unless its residual is small, and `direction`
-    is the null vector that was met.
+    `restart`), or a long window that gains less than 1 %. Where a claim or a cycle fails and A is singular on the Krylov
+    space to working precision, the column is SINGULAR: exhausting the space is no convergence. `direction` is then the
+    null vector, and x minimises the residual without a part along it.
 
     Cost: 1 product a step, 1 a cycle; memory for restart + 1 vectors a column, 4 restart n operations a step.
 
@@ -103,7 +103,7 @@ class GMRES(Krylov[GMRESState]):
         s.V[:] = torch.where(which[..., None], 0, s.V)
         s.V[j] = torch.where(which[..., None], v, s.V[j])
         eye = torch.eye(s.Q.shape[-1], dtype=r.dtype, device=r.device)
-        s.R[:] = torch.where(which[..., None, None], eye[1:, 1:], s.R)
+        s.R[:] = torch.where(which[..., None, None], 0, s.R)
         s.Q[:] = torch.where(which[..., None, None], eye, s.Q)
         # a column that begins within the common cycle has too few steps left in it to be judged by them
         started = torch.where(which, torch.inf if j else norm, s.started)
@@ -138,14 +138,10 @@ class GMRES(Krylov[GMRESState]):
         moved = running & (diagonal > tiny)
         blocked = running & (diagonal <= tiny)
         cosine, sine = torch.where(moved, last / diagonal, 1), torch.where(moved, below / diagonal, 0)
-        if any_of(blocked):  # A M (v_j - V y) = 0
-            y = torch.linalg.solve_triangular(s.R[..., :j, :j], column[..., :j, None], upper=True)[..., 0]
-            null = self._precondition(V[j] - combine(y.movedim(-1, 0), V[:j]))
-            s = evolve(s, direction=torch.where(blocked[..., None], null, s.direction))
-
         s.V[j + 1] = torch.where((moved & (below > tiny))[..., None], w / below[..., None], 0)
-        s.R[..., : j + 1, j] = torch.where(moved[..., None], column, s.R[..., : j + 1, j])
-        s.R[..., j, j] = torch.where(moved, diagonal, 1)
+        s.R[..., : j + 1, j] = torch.where(running[..., None], column, 0)
+        # not 0 where a step was blocked: 0 marks what no step has written
+        s.R[..., j, j] = torch.where(running, diagonal.clamp_min(torch.finfo(A.dtype).tiny), 0)
         row = s.Q[..., j, : j + 1].clone()
         s.Q[..., j, : j + 1], s.Q[..., j + 1, : j + 1] = cosine[..., None] * row, -sine[..., None] * row
         s.Q[..., j, j + 1], s.Q[..., j + 1, j + 1] = sine, cosine
@@ -167,22 +163,46 @@ class GMRES(Krylov[GMRESState]):
     def _restart(self, A: LinearOperator, b: Tensor, s: GMRESState, ends: bool) -> GMRESState:
         """Fold the steps of the PENDING columns (all, where a cycle ends) into x, rule on them, begin the next cycle."""
         columns = (s.codes == PENDING) | (is_running(s.codes) & ends)
-        x = s.x
+        x, g = s.x, s.g.clone()
         s, r, restart = self._settle(A, b, self._fold(s, columns), columns)
-        vain = is_running(s.codes) & columns & (s.error >= (1 - 1e-6) * s.started)
+        vain = columns & is_running(s.codes) & (s.error >= (1 - 1e-6) * s.started)
         codes = torch.where(vain, Status.STAGNATED.code, s.codes)
         worse = columns & (s.error > s.started)  # the small system was too ill-conditioned to be of use
-        s = evolve(s, x=torch.where(worse[..., None], x, s.x))
-        singular = columns & (codes != Status.CONVERGED.code) & (A.norm(s.direction) > 0)
-        s = evolve(s, codes=torch.where(singular, Status.SINGULAR.code, codes))
+        s = evolve(s, codes=codes, x=torch.where(worse[..., None], x, s.x))
+        failed = columns & (restart | (codes == Status.STAGNATED.code))
+        if any_of(failed):
+            s = self._name_singular(A, s, failed, x, g)
         return self._begin(A, s, r, (restart | (columns & ends)) & is_running(s.codes), s.k % s.R.shape[-1])
+
+    def _name_singular(self, A: LinearOperator, s: GMRESState, failed: Tensor, x: Tensor, g: Tensor) -> GMRESState:
+        """SINGULAR where the small matrix is: with its null vector, and the step that has no part along it."""
+        eye = torch.eye(s.R.shape[-1], dtype=A.dtype, device=A.device)
+        # only what is finite: LAPACK refuses a column of NaN
+        U, sigma, Vh = torch.linalg.svd(torch.where(failed[..., None, None], _filled(s), eye))
+        info = torch.finfo(A.dtype)
+        small = sigma <= 10 * info.eps * s.scale[..., None] + 2 * info.tiny
+        null = self._precondition(combine(Vh[..., -1, :].movedim(-1, 0), s.V[:-1]))
+        found = failed & small[..., -1]
+        y = torch.where(small, 0, (U.mT @ g[..., None])[..., 0] / sigma)
+        step = self._precondition(combine((Vh.mT @ y[..., None])[..., 0].movedim(-1, 0), s.V[:-1]))
+        return evolve(
+            s, codes=torch.where(found, Status.SINGULAR.code, s.codes),
+            x=torch.where(found[..., None], x + step, s.x), direction=torch.where(found[..., None], null, s.direction),
+        )  # fmt: skip
 
     def _fold(self, s: GMRESState, columns: Tensor) -> GMRESState:
         """Take the steps since the last restart into x, for some columns."""
-        y = torch.linalg.solve_triangular(s.R, s.g[..., None], upper=True)[..., 0]
+        y = torch.linalg.solve_triangular(_filled(s), s.g[..., None], upper=True)[..., 0]
         step = self._precondition(combine(y.movedim(-1, 0), s.V[:-1]))
         s.g[:] = torch.where(columns[..., None], 0, s.g)
         return evolve(s, x=torch.where(columns[..., None], s.x + step, s.x))
 
     def _finish(self, A: LinearOperator, b: Tensor, s: GMRESState) -> Solution:
         return super()._finish(A, b, self._fold(s, s.codes != Status.NON_FINITE.code))
+
+
+def _filled(s: GMRESState) -> Tensor:
+    """R with a diagonal where no step has written one: it has no part in the solution."""
+    empty = s.R.diagonal(dim1=-2, dim2=-1) == 0
+    size = torch.where(s.scale > 0, s.scale, 1)[..., None]
+    return s.R + torch.diag_embed(torch.where(empty, size, 0))

@@ -6,7 +6,6 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,10 +17,10 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from .faults import BY_STEM, MESSAGES, REVERSE, Fault, stem_of
 from .isolation import isolated
 
 __all__ = [
-    "Fault",
     "UndifferentiableError",
     "closure_tensors",
     "describe_captured",
@@ -52,107 +51,10 @@ class UndifferentiableError(TypeError):
         self.cure = cure
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One row of what PyTorch cannot differentiate twice.
-
-    Args:
-        operation: its public name.
-        stems: names of its graph nodes, in lower case, without underscores and without "Backward0".
-        cure: what to do.
-        reverse: whether reverse-over-reverse works.
-        when: which nodes of these names are meant.
-    """
-
-    operation: str
-    stems: tuple[str, ...]
-    cure: str
-    reverse: bool = False
-    when: Callable[[Node], bool] = lambda node: True
-
-    def sentence(self, owner: str, place: str) -> str:
-        """The message."""
-        mode = "forward mode" if self.reverse else "second derivative"
-        return f"{owner}: {self.operation}{place} has no {mode} in PyTorch; {self.cure}."
-
-
-_KEEP = "use product=KeptGraph() or FreshGraph(), reverse mode differentiates it"
-_ATTENTION = (
-    "scaleddotproductflashattention",
-    "scaleddotproductflashattentionforcpu",
-    "scaleddotproductefficientattention",
-    "scaleddotproductcudnnattention",
-    "scaleddotproductfusedattentionoverrideable",
-)
-_FUSED = "the evaluation already asks for the mathematical kernel, so drop the sdpa_kernel(...) inside the function"
-_CHECKPOINT = "call torch.utils.checkpoint.checkpoint with use_reentrant=False"
-_RECURRENT = "call it under torch.backends.cudnn.flags(enabled=False)"
-_COMPILED = "compile the product, not the module: pass the module that torch.compile was given"
-
-FAULTS: tuple[Fault, ...] = (
-    Fault("the fused F.scaled_dot_product_attention", _ATTENTION, _FUSED),
-    Fault(
-        "torch.cdist",
-        ("cdist",),
-        "write the distances by hand, ((a[:, None] - b[None])**2).sum(-1), or for p=2 in reverse mode pass "
-        "compute_mode='use_mm_for_euclid_dist'",
-    ),
-    Fault("F.pdist", ("pdist",), "write the distances by hand, ((a[:, None] - a[None])**2).sum(-1) above the diagonal"),
-    Fault("F.embedding_bag", ("embeddingbag",), "use F.embedding and sum or average over the bag"),
-    Fault("F.ctc_loss", ("ctcloss", "cudnnctcloss"), "write its forward recursion with torch.logsumexp"),
-    Fault("F.multi_margin_loss", ("multimarginloss",), "write it by hand, with torch.relu(margin - x[target] + x)"),
-    Fault("F.multilabel_margin_loss", ("multilabelmarginloss",), "write it by hand, with torch.relu, or use BCE"),
-    Fault("torch.segment_reduce", ("segmentreduce",), "use index_add or scatter_add"),
-    Fault("torch.special.zeta", ("zeta", "specialzeta"), "use torch.polygamma where the order is an integer"),
-    Fault("cuDNN's recurrent layer", ("cudnnrnn",), _RECURRENT),
-    Fault("reentrant activation checkpointing", ("checkpointfunction",), _CHECKPOINT),
-    Fault("a function compiled by torch.compile", ("compiledfunction",), _COMPILED),
-    Fault("F.mse_loss", ("mseloss",), f"write ((a - b)**2).mean(), or {_KEEP}", reverse=True),
-    Fault("F.huber_loss", ("huberloss",), f"use F.smooth_l1_loss, or {_KEEP}", reverse=True),
-    Fault("F.soft_margin_loss", ("softmarginloss",), f"write F.softplus(-y * x).mean(), or {_KEEP}", reverse=True),
-    Fault("F.grid_sample", ("gridsampler2d", "gridsampler3d", "cudnngridsampler"), _KEEP, reverse=True),
-    Fault("torch.sparse.mm", ("sparseaddmm", "sparsemm", "sparsesparsematmul"), _KEEP, reverse=True),
-    Fault("weight_norm", ("weightnorminterface",), _KEEP, reverse=True),
-    Fault("spectral_norm in train mode", ("divout",), f"call module.eval(), or {_KEEP}", reverse=True),
-    Fault("torch.special.gammainc", ("igamma", "igammac"), _KEEP, reverse=True),
-    Fault("torch.cdist by matrix products", ("euclideandist",), f"write it by hand, or {_KEEP}", reverse=True),
-    Fault("torch.index_reduce", ("indexreduce",), _KEEP, reverse=True),
-    # forward mode gives numbers here, and they are wrong (torch 2.13)
-    Fault(
-        "torch.scatter_reduce(reduce='prod')",
-        ("scatterreduce",),
-        _KEEP,
-        reverse=True,
-        when=lambda node: getattr(node, "_saved_reduce", None) == "prod",
-    ),
-)
-
-# errors that name no operation of the graph: pattern, fault
-_MESSAGES: tuple[tuple[str, Fault], ...] = (
-    (r"aot_autograd does not .* support double backward", Fault("a function compiled by torch.compile", (), _COMPILED)),
-    (r"When use_reentrant=True", Fault("reentrant activation checkpointing", (), _CHECKPOINT)),
-    (r"support saved tensor hooks", Fault("activation checkpointing", (), _KEEP, reverse=True)),
-    (
-        r"torch\.utils\.checkpoint: .*(metadata|number of tensors)",
-        Fault("activation checkpointing of fused attention", (), "checkpoint a module, not a bare function"),
-    ),
-    (r"cudnn RNN backward|_cudnn_rnn_backward", Fault("cuDNN's recurrent layer", (), _RECURRENT)),
-    (
-        r"in-place (operation|arithmetic)",
-        Fault("an update in place of a tensor from outside, such as running statistics given to F.batch_norm", (),
-              f"pass clones, or {_KEEP}", reverse=True),
-    ),
-)  # fmt: skip
-
-_NAMED = (
+_OPERATION = (
     re.compile(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented"),
     re.compile(r"forward AD with (\w+) that does not support it"),
 )
-
-
-def _stem(name: str) -> str:
-    """The name under which an operation, its backward and its graph node are the same."""
-    return re.sub(r"(backward\d*)+$", "", name.replace("_", "").lower())
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
@@ -176,29 +78,28 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
 
 
 def probe(
-    outputs: Sequence[Tensor], *, forward: bool, batched: bool = False
+    outputs: Sequence[Tensor], *, forward: bool = False, batched: bool = False, linear: bool = False
 ) -> tuple[Fault, Callable[[Node], bool]] | None:
     """The first operation in a graph that products with second derivatives cannot pass; nothing is executed.
 
     Args:
         outputs: tensors with their graph.
-        forward: whether the function will be traced in forward mode, as well as reversed twice.
+        forward: whether the function will be traced in forward mode, instead of reversed twice.
         batched: whether that trace will be vmapped.
+        linear: whether only the backward pass's own derivative, in its cotangent, is needed, as for a Jacobian.
 
     Returns:
         The fault and what tells its node, or None.
     """
     for node in graph_nodes(outputs):
-        fault = _function_fault(node, forward, batched)
-        if fault is None:
-            stem = _stem(node.name())
-            fault = next((row for row in _BY_STEM.get(stem, ()) if row.when(node)), None)
-        if fault is not None and (forward or not fault.reverse):
-            return fault, partial(_named, node.name())
+        rows = BY_STEM.get(stem_of(node.name()), ())
+        fault = _function_fault(node, forward, batched) or next((row for row in rows if row.when(node)), None)
+        if fault is not None and not (fault.forward if forward else fault.reverse) and not (linear and fault.linear):
+            return fault, partial(_is_named, node.name())
     return None
 
 
-def _named(name: str, node: Node) -> bool:
+def _is_named(name: str, node: Node) -> bool:
     return bool(node.name() == name)
 
 
@@ -214,21 +115,15 @@ def unbatchable(outputs: Sequence[Tensor]) -> str | None:
     Returns:
         The reason.
     """
-    if any(_stem(node.name()) == "nativegroupnorm" for node in graph_nodes(outputs)):
+    if any(stem_of(node.name()) == "nativegroupnorm" for node in graph_nodes(outputs)):
         return "batched second derivatives of group_norm are wrong in torch"
     return None
-
-
-_BY_STEM: dict[str, list[Fault]] = {}
-for _row in FAULTS:
-    for _name in _row.stems:
-        _BY_STEM.setdefault(_name, []).append(_row)
 
 
 def _function_fault(node: Node, forward: bool, batched: bool) -> Fault | None:
     """What a user's autograd.Function lacks."""
     function = getattr(node, "_forward_cls", None)
-    if function is None or _stem(node.name()) in _BY_STEM:
+    if function is None or stem_of(node.name()) in BY_STEM:
         return None
     name = f"the autograd.Function {function.__name__}"
     if function.backward.__code__.co_qualname.startswith("once_differentiable"):
@@ -237,11 +132,11 @@ def _function_fault(node: Node, forward: bool, batched: bool) -> Fault | None:
     if not forward:
         return None
     if function.setup_context is _SingleLevelFunction.setup_context:
-        return Fault(name, (), f"give it setup_context and jvp, or {_KEEP}", reverse=True)
+        return Fault(name, (), f"give it setup_context and jvp, or {REVERSE}", reverse=True)
     if function.jvp is torch.autograd.Function.jvp:
-        return Fault(name, (), f"give it jvp, or {_KEEP}", reverse=True)
+        return Fault(name, (), f"give it jvp, or {REVERSE}", reverse=True)
     if batched and not function.generate_vmap_rule and function.vmap is torch.autograd.Function.vmap:
-        return Fault(name, (), f"give it vmap or generate_vmap_rule, use chunk_size=None, or {_KEEP}", reverse=True)
+        return Fault(name, (), f"give it vmap or generate_vmap_rule, use chunk_size=None, or {REVERSE}", reverse=True)
     return None
 
 
@@ -263,17 +158,17 @@ def explain(
     if isinstance(error, torch.OutOfMemoryError | Warning):  # a warning may have been made an error
         return None
     text = str(error).strip()
-    named = next((found[1] for found in (pattern.search(text) for pattern in _NAMED) if found), None)
-    stem = _stem(named or "")
-    fault = next((fault for pattern, fault in _MESSAGES if re.search(pattern, text)), None)
+    named = next((found[1] for found in (pattern.search(text) for pattern in _OPERATION) if found), None)
+    stem = stem_of(named or "")
+    fault = next((fault for pattern, fault in MESSAGES if re.search(pattern, text)), None)
     if fault is None and named is not None:
         ahead = "forward AD" in text
-        unknown = Fault(f"the operation {named}", (), _KEEP if ahead else "replace it by other operations", ahead)
-        fault = _BY_STEM.get(stem, [unknown])[0]
+        unknown = Fault(f"the operation {named}", (), REVERSE if ahead else "replace it by other operations", ahead)
+        fault = BY_STEM.get(stem, [unknown])[0]
     if fault is None and forward:
         first = text.splitlines()[0][:200] if text else type(error).__name__
-        fault = Fault(f"this function (torch.func says: {first})", (), _KEEP, reverse=True)
-    return None if fault is None else refusal(owner, fault, lambda node: _stem(node.name()) == stem, function)
+        fault = Fault(f"this function (torch.func says: {first})", (), REVERSE, reverse=True)
+    return None if fault is None else refusal(owner, fault, lambda node: stem_of(node.name()) == stem, function)
 
 
 def refusal(

@@ -53,7 +53,7 @@ class Isolation:
         self.calls += 1
         swaps = [
             Swap(owner, name, buffer, self._clone(buffer))
-            for owner in ((module,) if self.frames else module.modules())
+            for owner in ([module] if self.frames else list(module.modules()))
             for name, buffer in owner._buffers.items()
             if buffer is not None and id(buffer) not in self.clones and not is_lazy(buffer)
         ]
@@ -64,7 +64,7 @@ class Isolation:
             cudnn, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
         self.frames.append((module, swaps, cudnn))
 
-    def leave(self, module: nn.Module, *_: Any) -> None:
+    def leave(self, module: nn.Module, *_arguments: Any) -> None:
         """After a module's forward, whether it returned or raised: put everything back."""
         # another global hook that raised before `enter` leaves without having entered
         if self._foreign() or not self.frames or self.frames[-1][0] is not module:

@@ -86,12 +86,15 @@ class Krylov(LinearSolver, Generic[State]):
             raise TypeError(f"{name}: preconditioner must be promised symmetric positive definite, but {M!r} is not.")
 
     def _solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> Solution:
-        # looking at the codes synchronises a GPU: there, claims wait for the next look
-        look = 8 if b.is_cuda else 1
+        look = self._look(b)
         state = iterate(
             lambda s: self.step(A, b, s, look), self.init(A, b, x0), max_iter=self.max_iter + look - 1, check_every=look
         )
         return self._finish(A, b, state)
+
+    def _look(self, b: Tensor) -> int:
+        """Looking at the codes synchronises a GPU: there, claims wait for every eighth step."""
+        return 8 if b.is_cuda else 1
 
     def _start(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> tuple[KrylovState, Tensor]:
         """The shared part of the state at x0, and the residual there."""

@@ -26,7 +26,6 @@ class NeumannState:
     iterations: Tensor
     error: Tensor
     step_size: Tensor
-    noise: Tensor  # rounding level of a residual
     direction: Tensor
     products: int
 
@@ -119,10 +118,9 @@ class Neumann(LinearSolver):
         codes = torch.where(error < torch.inf, codes, Status.NON_FINITE.code)
         count = torch.zeros_like(codes)
         eps = torch.finfo(A.dtype).eps
-        top = torch.zeros_like(norm)
-        size = top if self.step_size is None else torch.full_like(norm, self.step_size)
+        size = torch.full_like(norm, self.step_size or 0.0)
         direction = torch.zeros_like(b)
-        if self.lanczos_steps and A.shape[-1]:
+        if self.lanczos_steps and any_of(is_running(codes)):
             spectrum = extreme_eigenvalues(A, steps=self.lanczos_steps)
             low, high, rest = (
                 torch.as_tensor(value, dtype=A.dtype, device=A.device).expand(norm.shape)
@@ -137,20 +135,19 @@ class Neumann(LinearSolver):
             codes = torch.where(is_running(codes), ruling, codes)
             direction = spectrum.lowest_vector.expand(b.shape)
             products += spectrum.products
-        noise = 100 * eps * norm
-        return NeumannState(x, r, codes, count, error, size, noise, direction, products)
+        return NeumannState(x, r, codes, count, error, size, direction, products)
 
     def _step(self, A: LinearOperator, b: Tensor, s: NeumannState, tolerance: Tensor) -> NeumannState:
         running = is_running(s.codes)
         step = torch.where(running[..., None], s.step_size[..., None] * s.r, 0)
         x = s.x + step
-        image = A.active_matvec(x, running)
-        r = torch.where(running[..., None], b - image, s.r)
+        r = torch.where(running[..., None], b - A.active_matvec(x, running), s.r)
         error = torch.where(running, A.norm(r), s.error)
         products = s.products + (int(running.sum()) if A.skips(running) else running.numel())
 
         # While 0 <= a A <= 2 no residual grows. One that does tells by r'Ar which of the two is violated.
-        noise = torch.maximum(s.noise, 100 * torch.finfo(A.dtype).eps * A.norm(image))
+        # The rounding of A x, with |A| <= 2 / a, is no growth.
+        noise = 100 * torch.finfo(A.dtype).eps * (A.norm(b) + 2 * A.norm(x) / s.step_size)
         grown = running & (error > s.error * (1 + 1e-6) + noise)
         codes, direction = s.codes, s.direction
         if r.is_cuda or any_of(grown):
@@ -166,4 +163,4 @@ class Neumann(LinearSolver):
             _, bound, spent = measure(A, x, b, claims) if A.dtype != torch.float64 else (r, error, 0)
             error, products = torch.where(claims, bound, error), products + spent
             codes = torch.where(claims & (error <= tolerance), Status.CONVERGED.code, codes)
-        return evolve(s, x=x, r=r, codes=codes, error=error, noise=noise, direction=direction, products=products)
+        return evolve(s, x=x, r=r, codes=codes, error=error, direction=direction, products=products)

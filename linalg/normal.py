@@ -95,6 +95,7 @@ class Normal(LinearSolver):
         s = NormalState(x, b, target, zero, zero, blank, size, zero, torch.zeros_like(target), size.numel())
         s = self._measure(A, b, s, slope)
         codes = torch.where(s.error <= tolerance, Status.CONVERGED.code, s.codes)
+        codes = torch.where(s.error < torch.inf, codes, Status.NON_FINITE.code)
         s = iterate(lambda s: self._round(A, b, s, slope, tolerance), evolve(s, codes=codes), max_iter=self.rounds)
         named = (s.codes == Status.SINGULAR.code) | (s.codes == Status.NEGATIVE_CURVATURE.code)
         return Solution(
@@ -130,17 +131,16 @@ class Normal(LinearSolver):
         )  # fmt: skip
 
         # where a round no longer halves the error there is nothing more to gain, and the wrapped solver knows why
-        stuck = running & ~(new.error <= 0.5 * s.error) & torch.isfinite(new.error)
-        size = A.norm(new.r)
-        blocked = A.norm(new.g) <= 10 * torch.finfo(A.dtype).eps ** 0.5 * slope * size  # A'r = 0
+        # (or at its own limit, which is a limit of all steps)
         ended = torch.where(inner.codes == Status.CONVERGED.code, Status.STAGNATED.code, inner.codes)
+        spent = inner.codes == Status.MAX_ITER.code
+        stuck = running & (spent | ~(new.error <= 0.5 * s.error)) & torch.isfinite(new.error)
+        size = A.norm(new.r)
+        direction = inner_direction = torch.zeros_like(s.direction) if inner.direction is None else inner.direction
         if A.shape[-1] == A.shape[-2]:
+            blocked = ~spent & (A.norm(new.g) <= torch.finfo(A.dtype).eps ** 0.5 * slope * size)  # A'r = 0
             ended = torch.where(blocked, Status.SINGULAR.code, ended)
-            direction = torch.where((blocked & (size > 0))[..., None], new.r / size[..., None], 0)
-        else:
-            direction = torch.zeros_like(s.direction)
-        if inner.direction is not None:
-            direction = torch.where(blocked[..., None], direction, inner.direction)
+            direction = torch.where((blocked & (size > 0))[..., None], new.r / size[..., None], inner_direction)
         codes = torch.where(stuck, ended, s.codes)
         codes = torch.where(running & (new.error <= tolerance), Status.CONVERGED.code, codes)
         return evolve(new, codes=codes, direction=torch.where(stuck[..., None], direction, s.direction))

@@ -205,7 +205,7 @@ class _Forward(LinearOperator):
         with warnings.catch_warnings():  # the first use in a process scripts torch's own rules, which is deprecated
             warnings.simplefilter("ignore", DeprecationWarning)
             with forward_ad.dual_level():
-                forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+                forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.blocks.apply(self._product, v, self.shape[-1])

@@ -77,14 +77,18 @@ def check_minimizer(minimizer: Minimizer, case: Case, dtype: torch.dtype) -> Min
         assert not mine.requires_grad
         assert (mine.shape, mine.dtype) == (leaf.shape, leaf.dtype)
         assert mine.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
+    start = minimizer.init(objective, y0).point.y
+    for leaf in optree.tree_leaves(y0):
+        assert start.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
     assert torch.equal(vector(y0), before)
     assert optree.tree_structure(res.x) == optree.tree_structure(y0)
-    # the same numbers again, by hand
+    # the same numbers again, by hand (long runs are left out for the time they take)
     state = minimizer.init(objective, y0)
-    while state.error > state.tolerance:
+    while state.error > state.tolerance and res.iterations <= 200:
         state = minimizer.step(objective, state)
-    assert torch.equal(vector(state.x), vector(res.x))
-    assert (state.evaluations, state.gradients, state.products) == (res.evaluations, res.gradients, res.products)
+    if res.iterations <= 200:
+        assert torch.equal(vector(state.x), vector(res.x))
+        assert (state.evaluations, state.gradients, state.products) == (res.evaluations, res.gradients, res.products)
     # a warm start at the answer costs one gradient, from the point or from the state
     for start in (res.x, res.state):
         warm = minimizer(objective, start, res.tolerance)
@@ -145,5 +149,5 @@ def check_set(s: Set, x: Tensor, feasible: Tensor | None = None) -> None:
     assert torch.equal(answer[1:], p[1:])
     assert not bool(s.contains(poisoned)[0])
     if x.dtype == torch.float64:
-        assert torch.autograd.gradcheck(s.project, x.clone().requires_grad_())
+        assert torch.autograd.gradcheck(s.project, x[:4].clone().requires_grad_())
         assert torch.autograd.gradgradcheck(s.project, x[:2].clone().requires_grad_())

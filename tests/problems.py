@@ -39,7 +39,11 @@ def spectrum(n: int, condition: float, seed: int, dtype: torch.dtype = DOUBLE) -
     """An SPD matrix with eigenvalues spread evenly in the logarithm from 1 to `condition`."""
     generator = torch.Generator().manual_seed(seed)
     Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=DOUBLE))
-    values = torch.logspace(0, math.log10(condition), n, dtype=DOUBLE) if n > 1 else torch.full((1,), condition, dtype=DOUBLE)
+    values = (
+        torch.logspace(0, math.log10(condition), n, dtype=DOUBLE)
+        if n > 1
+        else torch.full((1,), condition, dtype=DOUBLE)
+    )
     matrix = (Q * values) @ Q.T
     return ((matrix + matrix.T) / 2).to(dtype)
 
@@ -123,9 +127,7 @@ def multimodal(start: float, minimum: float, value: float) -> Answered:
 
     return Answered(
         name=f"multimodal (from {start})",
-        problem=bilevel.Problem(
-            upper, lambda x, y: (x + y) ** 2 + x * torch.sin(x + y) ** 2, upper_set=Box(0.0, 3.0)
-        ),
+        problem=bilevel.Problem(upper, lambda x, y: (x + y) ** 2 + x * torch.sin(x + y) ** 2, upper_set=Box(0.0, 3.0)),
         x0=torch.tensor(start, dtype=DOUBLE),
         y0=torch.tensor(-start, dtype=DOUBLE),
         lower_solution=lambda x: -x,
@@ -159,9 +161,11 @@ def ridge(n: int = 40, p: int = 7, seed: int = 0) -> Answered:
         name="ridge, one penalty a feature",
         problem=bilevel.Problem(
             lambda x, y: ((Z @ y["weight"] + y["bias"] - u) ** 2).mean() / 2,
-            lambda x, y: ((X @ y["weight"] + y["bias"] - t) ** 2).mean() / 2
-            + (x["log_penalty"].exp() * y["weight"] ** 2).sum() / 2
-            + 1e-3 * y["bias"] ** 2 / 2,
+            lambda x, y: (
+                ((X @ y["weight"] + y["bias"] - t) ** 2).mean() / 2
+                + (x["log_penalty"].exp() * y["weight"] ** 2).sum() / 2
+                + 1e-3 * y["bias"] ** 2 / 2
+            ),
         ),
         x0={"log_penalty": torch.full((p,), -2.0, dtype=DOUBLE)},
         y0={"weight": torch.zeros(p, dtype=DOUBLE), "bias": torch.zeros((), dtype=DOUBLE)},

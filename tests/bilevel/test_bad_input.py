@@ -102,7 +102,11 @@ def test_not_callable_and_wrong_types():
 
 
 def test_parts_that_the_method_would_ignore_are_refused():
-    for part in ({"lower_set": constrained.Box(0.0, 1.0)}, {"inequality": lambda x, y: y - x}, {"lower_prox": object()}):
+    for part in (
+        {"lower_set": constrained.Box(0.0, 1.0)},
+        {"inequality": lambda x, y: y - x},
+        {"lower_prox": object()},
+    ):
         refused(bilevel.Problem(upper, lower, **part), one, one.clone(), ValueError, next(iter(part)))
 
 

@@ -75,7 +75,8 @@ def test_checkpoint_refuses_another_run(tmp_path):
 def test_a_finished_run_started_again_is_where_it_ended(tmp_path):
     case = quadratic(5, 3)
     runs = [
-        bilevel.solve(case.problem, case.x0, case.y0, callbacks=[bilevel.Checkpoint(tmp_path / "run")]) for _ in range(2)
+        bilevel.solve(case.problem, case.x0, case.y0, callbacks=[bilevel.Checkpoint(tmp_path / "run")])
+        for _ in range(2)
     ]
     assert runs[1].converged
     assert torch.equal(runs[0].x, runs[1].x)

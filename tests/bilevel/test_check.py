@@ -5,7 +5,9 @@ from problems import DOUBLE, adversarial, quadratic, ridge, sine
 from nestopt import bilevel, linalg
 
 
-@pytest.mark.parametrize("case", [quadratic(5, 3), quadratic(40, 12, 1e3), sine(3), ridge(), adversarial(4)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [quadratic(5, 3), quadratic(40, 12, 1e3), sine(3), ridge(), adversarial(4)], ids=lambda c: c.name
+)
 def test_the_right_hypergradient_passes(case):
     table = bilevel.check_hypergradient(case.problem, case.x0, case.lower_solution(case.x0), directions=3)
     assert bool(table.passed.all())
@@ -24,7 +26,13 @@ class _Wrong(linalg.CG):
     def _solve(self, A, b, x0):
         solution = super()._solve(A, b, x0)
         return linalg.Solution(
-            x=solution.x / 2, codes=solution.codes, iterations=1, error=0.0, residual_norm=0.0, tolerance=1.0, products=1
+            x=solution.x / 2,
+            codes=solution.codes,
+            iterations=1,
+            error=0.0,
+            residual_norm=0.0,
+            tolerance=1.0,
+            products=1,
         )
 
 

@@ -39,9 +39,7 @@ def in_dicts(case: Answered) -> Answered:
     p = case.problem
     return Answered(
         name=case.name + " in dicts",
-        problem=bilevel.Problem(
-            lambda x, y: p.upper(join_x(x), join_y(y)), lambda x, y: p.lower(join_x(x), join_y(y))
-        ),
+        problem=bilevel.Problem(lambda x, y: p.upper(join_x(x), join_y(y)), lambda x, y: p.lower(join_x(x), join_y(y))),
         x0=pack_x(case.x0),
         y0=pack_y(case.y0),
         lower_solution=lambda x: pack_y(case.lower_solution(join_x(x))),

@@ -13,7 +13,7 @@ CASES = [
     adversarial(4), adversarial(30), multimodal(0.3, 0.3824, 0.44271), multimodal(1.2, 1.2152, 0.19991),
     multimodal(2.9, 2.8296, 1.24346), ridge(),
 ]  # fmt: skip
-TOLERANCES = {"multimodal": 1e-4}  # the answers of these have five digits
+TOLERANCES = {"multimodal": 3e-4}  # the answers of these have five digits
 
 
 def xtol(case):

@@ -154,8 +154,10 @@ def test_units_of_the_objective_and_of_the_variable_change_nothing(minimizer: Mi
     assert torch.allclose(1e-6 * stretched.x, plain.x, rtol=1e-5, atol=1e-8)
 
 
-@each
-@pytest.mark.parametrize("case", [logistic, softmax])
+@pytest.mark.parametrize(
+    ("minimizer", "case"),
+    [(NewtonCG(), logistic), (NewtonCG(), softmax), (LBFGS(), softmax), (GradientDescent(max_iter=4000), logistic)],
+)
 def test_an_unreachable_tolerance_ends_at_the_rounding_level(minimizer: Minimizer, case: Callable[[], Case]) -> None:
     f, y0 = case().objective(DOUBLE), case().start(DOUBLE)
     res = replace(minimizer, rtol=0.0)(f, y0)
@@ -319,17 +321,17 @@ def test_a_state_warms_up_a_changed_objective(minimizer: Minimizer) -> None:
 
 
 def test_a_preconditioner_saves_products() -> None:
-    scale = torch.logspace(0, 4, 200, dtype=DOUBLE)
+    scale = torch.logspace(0, 4, 60, dtype=DOUBLE)
 
     def f(y: Tensor) -> Tensor:
         return (scale * (y - 1) ** 2).sum() + (y - 1).cosh().sum()
 
-    plain = NewtonCG()(f, torch.zeros(200, dtype=DOUBLE))
-    helped = NewtonCG(preconditioner=Diagonal(1 / (2 * scale + 1)))(f, torch.zeros(200, dtype=DOUBLE))
+    plain = NewtonCG()(f, torch.zeros(60, dtype=DOUBLE))
+    helped = NewtonCG(preconditioner=Diagonal(1 / (2 * scale + 1)))(f, torch.zeros(60, dtype=DOUBLE))
     assert plain.converged
     assert helped.converged
     assert helped.products < 0.25 * plain.products
-    assert torch.allclose(helped.x, torch.ones(200, dtype=DOUBLE), atol=1e-8)
+    assert torch.allclose(helped.x, torch.ones(60, dtype=DOUBLE), atol=1e-8)
 
 
 def test_truncated_inner_solves_still_converge() -> None:

