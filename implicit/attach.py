@@ -14,7 +14,7 @@ from .pullback import pairing, pull, restrict
 from .system import System
 from .transforms import alive, forward_mode, over_batched_gradients, recording, tracked, transformed, within_jvp
 
-__all__ = ["attach"]
+__all__ = ["attach_derivative"]
 
 
 class _Root(torch.autograd.Function):
@@ -160,7 +160,9 @@ def _pulled(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor
     return lambda s: tuple(pull(function, inputs, [s]))
 
 
-def attach(equation: Equation, function: Callable[..., Any], y: Any, theta: tuple[Any, ...], options: Options) -> Any:
+def attach_derivative(
+    equation: Equation, function: Callable[..., Any], y: Any, theta: tuple[Any, ...], options: Options
+) -> Any:
     """Attach to y the derivative that R(y, theta) = 0 gives it.
 
     Under torch.compile this runs as it is, in a graph break: the solves look at their residuals.
@@ -176,11 +178,11 @@ def attach(equation: Equation, function: Callable[..., Any], y: Any, theta: tupl
         y as its tree.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(attach)(equation, function, y, theta, options)  # type: ignore[no-untyped-call]
+        return torch.compiler.disable(attach_derivative)(equation, function, y, theta, options)  # type: ignore[no-untyped-call]
     options.check(equation.owner)
     if torch.is_inference_mode_enabled():  # where nothing is recorded, but y is certified all the same
         with torch.inference_mode(False), torch.no_grad():
-            return attach(equation, function, y, theta, options)
+            return attach_derivative(equation, function, y, theta, options)
     border, operands = Border.of(equation, function, y, theta, options.batch_dims)
     live = [tensor.is_floating_point() and tracked(tensor, mapped=False) for tensor in operands.theta]
     differentiated = any(live) and (torch.is_grad_enabled() or transformed() or forward_mode())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestopt.linalg import LinearSolver
 
-from .attach import attach
+from .attach import attach_derivative
 from .border import Border, Equation
 from .monitor import Monitor, OnFailure
 from .options import Options
@@ -77,7 +77,7 @@ def fixed_point(
         0.597510045675
     """
     options = Options(solver, batch_dims, symmetric, on_failure, monitor, rtol, atol, warm_start)
-    return attach(_EQUATION, T, y, theta, options)
+    return attach_derivative(_EQUATION, T, y, theta, options)
 
 
 def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.linalg import LinearSolver
 
-from .attach import attach
+from .attach import attach_derivative
 from .border import Border, Equation
 from .monitor import Monitor, OnFailure
 from .options import Options
@@ -78,7 +78,7 @@ def argmin(
         0.12290809
     """
     options = Options(solver, batch_dims, True, on_failure, monitor, rtol, atol, warm_start)
-    return attach(_EQUATION, objective, y, theta, options)
+    return attach_derivative(_EQUATION, objective, y, theta, options)
 
 
 def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:

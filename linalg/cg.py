@@ -130,7 +130,7 @@ class CG(Krylov[CGState]):
         Returns:
             The next state.
         """
-        running = self._running(s, look)
+        running = is_running(s.codes)
         q, spent = self._multiply(A, s.p, running)
         pq = A.vecdot(s.p, q)
         rayleigh = pq / A.vecdot(s.p, s.p)

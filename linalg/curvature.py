@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import optree
 from torch import Tensor
 
-from .autodiff import GraphOperator, fresh_leaves, reached_leaves
-from .guard import describe_captured, explain, probe, refusal
+from .autodiff import GraphOperator, fresh_leaves
+from .convolution import FastConvolutions
+from .guard import describe_captured, explain, graph_nodes, probe, refusal
 from .isolation import RandomState, isolated
 from .operator import LinearOperator
 from .product import HessianProduct, KeptGraph, Objective
@@ -76,6 +77,7 @@ class Hessian(LinearOperator):
             raise TypeError(
                 f"Hessian: product must be KeptGraph(), FreshGraph() or ForwardOverReverse(), but got {product!r}."
             )
+        params = named_tree(params)
         self.into = Ravel.of(params, "params")
         super().__init__(
             (self.into.size, self.into.size), self.into.dtype, self.into.device, symmetric=True, definite=definite
@@ -86,9 +88,10 @@ class Hessian(LinearOperator):
             RandomState.now(self.device), "loss",
         )  # fmt: skip
         leaves = self._objective.leaves()
-        value = self._objective(leaves)
-        self.unused = _check_graph("Hessian", "loss", loss, [value], leaves, params)
-        found = probe([value], forward=product.forward, batched=product.chunk_size is not None)
+        value = self._objective(leaves) if product.forward else self._objective.record(leaves)
+        nodes = list(graph_nodes([value]))
+        self.unused = _check_graph("Hessian", "loss", loss, nodes, leaves, params)
+        found = probe(nodes, forward=product.forward, batched=product.chunk_size is not None)
         if found is not None:
             raise refusal("Hessian", *found, self._objective.replay)
         self.value = value.detach()
@@ -150,12 +153,13 @@ class Jacobian(LinearOperator):
     """
 
     def __init__(self, function: Callable[[Any], Any], params: Any, *, chunk_size: int | None = None) -> None:
+        params = named_tree(params)
         self.into = into = Ravel.of(params, "params")
         leaves = fresh_leaves(into, params)
         random = RandomState.now(into.device)
 
         def evaluate() -> Any:  # holds no reference to self: the graph is freed with the operator, not by a collection
-            with isolated():
+            with isolated(), FastConvolutions():
                 return function(into.build(leaves))
 
         tree = evaluate()
@@ -167,7 +171,8 @@ class Jacobian(LinearOperator):
             )
         super().__init__((self.out.size, self.into.size), self.into.dtype, self.into.device)
         outputs = optree.tree_leaves(tree)
-        self.unused = _check_graph("Jacobian", "function", function, outputs, leaves, params)
+        nodes = list(graph_nodes(outputs))
+        self.unused = _check_graph("Jacobian", "function", function, nodes, leaves, params, outputs)
         self.operator = GraphOperator(outputs, leaves, self.out, self.into, chunk_size=chunk_size)
         self.value = self.out.join([output.detach() for output in outputs])
         self._replay = lambda: random.run(evaluate)
@@ -175,7 +180,7 @@ class Jacobian(LinearOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         if not self._probed:  # a backward pass that is differentiable once would give silent zeros
-            found = probe(self.operator.outputs, linear=True)
+            found = probe(graph_nodes(self.operator.outputs), linear=True)
             if found is not None:
                 raise refusal("Jacobian", *found, self._replay)
             self._probed = True
@@ -255,16 +260,18 @@ def _check_graph(
     owner: str,
     role: str,
     function: Callable[..., Any],
-    outputs: Sequence[Tensor],
+    nodes: Sequence[Any],
     leaves: Sequence[Tensor],
     params: Any,
+    outputs: Sequence[Tensor] = (),
 ) -> list[str]:
     """Refuse functions that miss params or use other tensors that require grad; the paths of what is unused."""
-    reached = {id(leaf): leaf for output in outputs for leaf in reached_leaves(output)}
-    paths = leaf_paths(named_tree(params), "params")
-    unused = [path for path, leaf in zip(paths, leaves, strict=True) if reached.pop(id(leaf), None) is None]
+    # an output that is itself a leaf has no node
+    ends = [*(getattr(node, "variable", None) for node in nodes), *(out for out in outputs if out.is_leaf)]
+    reached = {id(leaf): leaf for leaf in ends if leaf is not None and leaf.requires_grad}
+    unused = [i for i, leaf in enumerate(leaves) if reached.pop(id(leaf), None) is None]
     captured = list(reached.values())
-    originals = {id(leaf) for leaf in optree.tree_leaves(named_tree(params))}
+    originals = {id(leaf) for leaf in optree.tree_leaves(params)} if captured else set()
     if captured and all(id(leaf) in originals for leaf in captured):
         raise ValueError(
             f"{owner}: {role} uses the tensors of params themselves ({describe_captured(function, captured)}) instead "
@@ -275,9 +282,12 @@ def _check_graph(
             f"{owner}: {role} uses tensors that require grad and are not in params: "
             f"{describe_captured(function, captured)}; put them into params, or detach them (requires_grad_(False))."
         )
-    if len(unused) == len(paths):
+    if len(unused) == len(leaves):
         raise ValueError(
             f"{owner}: {role} does not depend on params, so there is nothing to differentiate; look for .detach(), "
             ".item(), torch.no_grad() or an unused argument."
         )
-    return unused
+    if not unused:
+        return []
+    paths = leaf_paths(params, "params")
+    return [paths[i] for i in unused]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .isolation import isolated
@@ -40,6 +41,7 @@ class Fault:
         return f"{owner}: {self.operation}{place} has no usable second derivative{mode} in PyTorch; {self.cure}."
 
 
+@cache
 def stem_of(name: str) -> str:
     """The name under which an operation, its backward and its graph node are the same.
 

@@ -121,7 +121,7 @@ class GMRES(Krylov[GMRESState]):
         Returns:
             The next state.
         """
-        running = self._running(s, look)
+        running = is_running(s.codes)
         m, k = s.R.shape[-1], s.k + 1
         j = s.k % m
         V = s.V[: j + 1]

@@ -78,12 +78,12 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
 
 
 def probe(
-    outputs: Sequence[Tensor], *, forward: bool = False, batched: bool = False, linear: bool = False
+    nodes: Iterable[Node], *, forward: bool = False, batched: bool = False, linear: bool = False
 ) -> tuple[Fault, Callable[[Node], bool]] | None:
     """The first operation in a graph that products with second derivatives cannot pass; nothing is executed.
 
     Args:
-        outputs: tensors with their graph.
+        nodes: of the graph, see `graph_nodes`.
         forward: whether the function will be traced in forward mode, instead of reversed twice.
         batched: whether that trace will be vmapped.
         linear: whether only the backward pass's own derivative, in its cotangent, is needed, as for a Jacobian.
@@ -91,7 +91,7 @@ def probe(
     Returns:
         The fault and what tells its node, or None.
     """
-    for node in graph_nodes(outputs):
+    for node in nodes:
         rows = BY_STEM.get(stem_of(node.name()), ())
         fault = _function_fault(node, forward, batched) or next((row for row in rows if row.when(node)), None)
         if fault is not None and not (fault.forward if forward else fault.reverse) and not (linear and fault.linear):

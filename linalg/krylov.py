@@ -88,7 +88,7 @@ class Krylov(LinearSolver, Generic[State]):
     def _solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> Solution:
         look = self._look(b)
         state = iterate(
-            lambda s: self.step(A, b, s, look), self.init(A, b, x0), max_iter=self.max_iter + look - 1, check_every=look
+            lambda s: self.step(A, b, s, look), self.init(A, b, x0), max_iter=self.max_iter, check_every=look
         )
         return self._finish(A, b, state)
 
@@ -115,10 +115,6 @@ class Krylov(LinearSolver, Generic[State]):
             products=0 if x0 is None else error.numel() * A.certification_products,
         )  # fmt: skip
         return state, r
-
-    def _running(self, s: KrylovState, look: int) -> Tensor:
-        running = is_running(s.codes)
-        return running if look == 1 else running & (s.iterations < self.max_iter)  # no step beyond the limit
 
     def _multiply(self, A: LinearOperator, v: Tensor, running: Tensor) -> tuple[Tensor, int]:
         """A v for the running columns, and what it cost."""

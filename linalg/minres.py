@@ -15,6 +15,8 @@ from .solver import measure
 
 __all__ = ["MINRES"]
 
+_SUSPECT = -2  # internal code: the residual may be a null vector, products with it have yet to confirm that
+
 
 @dataclass(frozen=True, kw_only=True)
 class MINRESState(KrylovState):
@@ -32,6 +34,7 @@ class MINRESState(KrylovState):
     c: Tensor
     sine_old: Tensor
     sine: Tensor
+    suspicion: Tensor  # |A r| / (|A| |r|) below which r is examined for being a null vector
     size: Tensor  # lower bound of |A|: the largest |A z| / |z| seen
     largest: Tensor  # likewise of the preconditioned operator
 
@@ -45,10 +48,10 @@ class MINRES(Krylov[MINRESState]):
     |b - A x| <= max(rtol |b|, atol); a wrong claim of the recurrence restarts from the true residual, or ends as
     STAGNATED when that no longer halves it. A singular system with a solution converges to one; one without a
     solution ends as SINGULAR once r = b - A x, far above rounding, is a null vector of A to working precision, measured:
-    |A r| <= 10 sqrt(eps) |A| |r| and |r'Ar| <= 100 eps |A| |r|^2. Then x is a least-squares solution and `direction` is
+    |A r| <= 5 sqrt(eps) |A| |r| and |r'Ar| <= 10 eps |A| |r|^2. Then x is a least-squares solution and `direction` is
     r. A preconditioner with v'Mv < 0 is a BREAKDOWN.
 
-    Cost: 1 product a step, 1 to verify, 1 for x0, 1 more to measure |A r| where a claim fails.
+    Cost: 1 product a step, 1 to verify, 1 for x0, 2 more to look at A r where a claim fails.
 
     Args:
         rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
@@ -89,6 +92,7 @@ class MINRES(Krylov[MINRESState]):
         state = MINRESState(
             **vars(start), r=r, u_old=r, u=r, z=r, w_old=r, w=r, gamma=zero, eta=zero, c_old=zero, c=zero,
             sine_old=zero, sine=zero, size=zero, largest=zero,
+            suspicion=torch.full_like(zero, 3 * torch.finfo(A.dtype).eps ** 0.5),
         )  # fmt: skip
         return self._begin(A, state, r)
 
@@ -119,7 +123,7 @@ class MINRES(Krylov[MINRESState]):
         Returns:
             The next state.
         """
-        running = self._running(s, look)
+        running = is_running(s.codes)
         q, spent = self._multiply(A, s.z, running)
         delta = A.vecdot(q, s.z)
         v = q - delta[..., None] * s.u - s.gamma[..., None] * s.u_old
@@ -135,10 +139,11 @@ class MINRES(Krylov[MINRESState]):
         eps = torch.finfo(A.dtype).eps
         largest = torch.fmax(s.largest, torch.hypot(torch.hypot(s.gamma, delta), gamma))
         size = largest if self.preconditioner is None else torch.fmax(s.size, A.norm(q) / A.norm(s.z))
-        # Of r as it is before the step, |A r| / |r| and r'Ar / |r|^2 are known. Minimising |r| leaves no more than a share
-        # sqrt(eps) of the range of A in it: where both are that small, r is a null vector, and a step would only add to x
-        # in its direction.
-        null = (torch.hypot(alpha0, s.c * gamma) <= eps**0.5 * largest) & ((s.c * alpha0).abs() <= 10 * eps * largest)
+        # Of r as it is before the step, |A r| / |r| and r'Ar / |r|^2 are known. Minimising |r| can leave a share of the order
+        # of sqrt(eps) of the range of A in it, but no more: where both are that small, r is a null vector, and a step
+        # would only add to x in its direction.
+        suspect = running & (torch.hypot(alpha0, s.c * gamma) <= s.suspicion * largest)
+        suspect = suspect & ((s.c * alpha0).abs() <= 10 * eps * largest)
 
         c, sine = alpha0 / alpha1, gamma / alpha1
         w = (s.z - alpha3[..., None] * s.w_old - alpha2[..., None] * s.w) / alpha1[..., None]
@@ -152,38 +157,45 @@ class MINRES(Krylov[MINRESState]):
             error = A.norm(r)
         # A x may grow until its rounding hides the residual: look before that
         drowned = (eps * size * A.norm(x) > 5 * error) & (error > s.goal)
-        blocked = running & (null | drowned | ~(alpha1 > 10 * eps * largest))
-        moved = running & ~blocked
+        blocked = running & ~suspect & (drowned | ~(alpha1 > 10 * eps * largest))
+        moved = running & ~suspect & ~blocked
         new = evolve(
             s, x=x, r=r, u_old=s.u, u=u, z=z, w_old=s.w, w=w, gamma=gamma, eta=eta, c_old=s.c, c=c, sine_old=s.sine,
             sine=sine, error=error,
         )  # fmt: skip
         exhausted = gamma <= 10 * eps * largest
         pending = (moved & (exhausted | (error <= s.goal))) | blocked
-        codes = torch.where(pending, PENDING, s.codes)
+        codes = torch.where(suspect, _SUSPECT, torch.where(pending, PENDING, s.codes))
         codes = torch.where(running & (square < -10 * eps * largest.square()), Status.BREAKDOWN.code, codes)
         codes = torch.where(running & ~torch.isfinite(square), Status.NON_FINITE.code, codes)
         s = evolve(
             choose(moved, new, s), codes=codes, k=s.k + 1, products=s.products + spent,
             size=torch.fmax(s.size, size), largest=torch.fmax(s.largest, largest),
         )  # fmt: skip
-        if s.k % look == 0 and (look > 1 or any_of(pending)):
+        if s.k % look == 0 and (look > 1 or any_of(pending | suspect)):
             s = self._verify(A, b, s)
         return self._stop_on_plateau(A, s)
 
     def _verify(self, A: LinearOperator, b: Tensor, s: MINRESState) -> MINRESState:
-        """Rule on the claims; name singular systems by a product with the residual, and restart the others."""
-        s, r, restart = self._settle(A, b, s, s.codes == PENDING)
-        failed = restart | (s.codes == Status.STAGNATED.code)
-        if not any_of(failed):
+        """Rule on the claims; name singular systems by products with the residual, and restart the others."""
+        pending, suspect = s.codes == PENDING, s.codes == _SUSPECT
+        s, r, restart = self._settle(A, b, s, pending | suspect)
+        doubtful = suspect | restart | (pending & (s.codes == Status.STAGNATED.code))
+        if not any_of(doubtful):
             return s
-        image, _, spent = measure(A, r, torch.zeros_like(b), failed)  # -A r
-        eps, error = torch.finfo(A.dtype).eps, A.norm(r)
+        zero, eps, error = torch.zeros_like(b), torch.finfo(A.dtype).eps, A.norm(r)
+        image, _, first = measure(A, r, zero, doubtful)  # -A r
+        second, _, then = measure(A, image, zero, doubtful)  # A A r
+        slope = A.norm(image)
         curvature = A.vecdot(image, r / torch.where(error > 0, error, 1)[..., None]).abs()
-        null = (A.norm(image) <= 10 * eps**0.5 * s.size * error) & (curvature <= 100 * eps * s.size * error)
-        singular = failed & null & (error > 100 * eps * (s.size * A.norm(s.x) + A.norm(b)))
+        null = (slope <= 5 * eps**0.5 * s.size * error) & (curvature <= 10 * eps * s.size * error)
+        # what is left in A r is noise, of all of the spectrum, where r is null; small eigenvectors would stay small
+        null &= (slope <= 100 * eps * s.size * error) | (A.norm(second) > 0.01 * s.size * slope)
+        singular = doubtful & null & (error > 100 * eps * (s.size * A.norm(s.x) + A.norm(b)))
+        codes = torch.where(suspect, Status.RUNNING.code, s.codes)
         s = evolve(
-            s, codes=torch.where(singular, Status.SINGULAR.code, s.codes), products=s.products + spent,
+            s, codes=torch.where(singular, Status.SINGULAR.code, codes), products=s.products + first + then,
             direction=torch.where(singular[..., None], r, s.direction),
+            suspicion=torch.where(suspect, 0.3 * s.suspicion, s.suspicion),
         )  # fmt: skip
         return choose(restart & ~singular, self._begin(A, s, r), s)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autodiff import Blocks, GraphOperator, check_chunk_size, evaluate, gradient
+from .convolution import FastConvolutions
 from .isolation import RandomState, isolated
 from .operator import LinearOperator
 from .tree import Ravel
@@ -45,6 +46,11 @@ class Objective:
     def __call__(self, leaves: list[Tensor]) -> Tensor:
         """The value, with its graph, drawn from wherever the generators stand."""
         return evaluate(self.function, self.ravel.build(leaves), name=self.name)
+
+    def record(self, leaves: list[Tensor]) -> Tensor:
+        """The value, with a graph that is cheap to differentiate twice, but that torch.func could not trace."""
+        with FastConvolutions():
+            return self(leaves)
 
     def replay(self) -> Tensor:
         """The value once more, with the masks of the first time; the generators stay where they are."""
@@ -188,7 +194,7 @@ class _Fresh(LinearOperator):
         def products() -> Tensor:
             leaves, blocks = self.objective.leaves(), self.blocks
             chunk_size = None if blocks.looped else blocks.chunk_size
-            graph = _HessianGraph(self.objective.ravel, self.objective(leaves), leaves, chunk_size)
+            graph = _HessianGraph(self.objective.ravel, self.objective.record(leaves), leaves, chunk_size)
             product = graph._matvec(v)
             blocks.looped = blocks.looped or graph.blocks.looped
             return product

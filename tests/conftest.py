@@ -1,18 +1,24 @@
-"""What every test gets: a seed, restored defaults, one thread a worker.
+"""What every test gets: a seed, restored defaults, one thread a worker, and shapes that are checked.
 
-Shapes are checked while the tests run: pytest's `--jaxtyping-packages` wraps every annotated signature of nestopt, so
-import nestopt in test modules, not here (this file is read before that hook is in place).
+Each function of nestopt whose signature names jaxtyping shapes is checked at every call. jaxtyping's own import hook
+would wrap all functions, shapes or not, and make iterative tests two to three times as slow.
 """
 
+import importlib.abc
+import importlib.machinery
+import inspect
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import beartype
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -24,6 +30,47 @@ pytest.register_assert_rewrite("problems", *(file.stem for file in HERE.glob("la
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def check_shapes(module):
+    """Wraps the functions and methods of `module` whose annotations name something of jaxtyping."""
+    names = [name for name, value in vars(module).items() if "jaxtyping" in str(getattr(value, "__module__", ""))]
+    shapes = re.compile(rf"jaxtyping|\b({'|'.join(names)})\b" if names else "jaxtyping")
+
+    def wrap(owner, name, value):
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if inspect.isfunction(function) and function.__module__ == module.__name__:
+            annotations = inspect.get_annotations(function).values()
+            if any(shapes.search(a if isinstance(a, str) else repr(a)) for a in annotations):
+                setattr(owner, name, jaxtyping.jaxtyped(value, typechecker=beartype.beartype))
+
+    for name, value in list(vars(module).items()):
+        wrap(module, name, value)
+        if inspect.isclass(value) and value.__module__ == module.__name__:
+            for attribute, member in list(vars(value).items()):
+                wrap(value, attribute, member)
+
+
+class ShapeFinder(importlib.abc.MetaPathFinder):
+    """Finds nestopt's modules where Python would, and checks their shapes once they are executed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] != "nestopt":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                check_shapes(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+assert "nestopt" not in sys.modules, "import nestopt in test modules, not before this file"
+sys.meta_path.insert(0, ShapeFinder())
 
 
 class TorchRandom:
@@ -65,6 +112,15 @@ def seed():
     torch.use_deterministic_algorithms(deterministic)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_shapes(request: pytest.FixtureRequest):
+    """Switches the check off for a test that is marked so."""
+    off = request.node.get_closest_marker("unchecked_shapes") is not None
+    jaxtyping.config.update("jaxtyping_disable", off)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

@@ -58,7 +58,7 @@ def test_a_saddle_is_differentiated_by_lu_and_named_by_cg():
 
     found = [float(torch.autograd.grad(implicit.argmin(saddle, y, a)[i], a)[0]) for i in range(2)]
     assert found == pytest.approx([1.0, 2.0], abs=1e-12)
-    with pytest.raises(SolverError, match="implicit.argmin: the adjoint system.*NEGATIVE_CURVATURE"):
+    with pytest.raises(SolverError, match=r"implicit.argmin: the adjoint system.*NEGATIVE_CURVATURE"):
         implicit.argmin(saddle, y, a, solver=CG())[1].backward()
 
 

@@ -128,7 +128,7 @@ def test_being_a_root_does_not_depend_on_the_residual_s_scale(scale, solver):
     monitor = implicit.Monitor()
     implicit.root(residual, y * (1 + 1e-6), a, solver=solver, monitor=monitor)
     assert monitor.last("point").error == pytest.approx(1e-6 * math.sqrt(13), rel=0.3)
-    with pytest.raises(SolverError, match="y is not a root of residual to rtol=1.2e-04"):
+    with pytest.raises(SolverError, match=r"y is not a root of residual to rtol=1\.2e-04"):
         implicit.root(residual, y * 1.01, a, solver=solver)
     assert implicit.root(residual, y * 1.01, a, solver=solver, rtol=0.1).requires_grad
     assert implicit.root(residual, y * 1.01, a, solver=solver, atol=1.0).requires_grad
@@ -142,7 +142,7 @@ def test_a_direct_solver_sees_the_distance_that_the_bound_underestimates():
     def residual(y, a):
         return d * y - a
 
-    with pytest.raises(SolverError, match="error 5.00e-01"):
+    with pytest.raises(SolverError, match=r"error 5\.00e-01"):
         implicit.root(residual, y, a, solver=LU())
     monitor = implicit.Monitor()
     implicit.root(residual, y, a, solver=GMRES(), monitor=monitor)
@@ -188,7 +188,10 @@ def test_items_take_their_own_iterations():
 @pytest.mark.parametrize(("solver", "symmetric"), SOLVERS)
 def test_batch_dims_equal_a_loop_and_vmap(solver, symmetric, generator):
     """Two batch dimensions, leaves of several shapes, a shared parameter."""
-    y = {"p": torch.rand(2, 3, generator=generator, dtype=D) + 1, "q": torch.rand(2, 3, 4, generator=generator, dtype=D) + 1}
+    y = {
+        "p": torch.rand(2, 3, generator=generator, dtype=D) + 1,
+        "q": torch.rand(2, 3, 4, generator=generator, dtype=D) + 1,
+    }
     shared = torch.rand((), generator=generator, dtype=D) + 1
 
     def residual(y, b, s):  # its Jacobian is symmetric

@@ -62,7 +62,9 @@ def test_an_equilibrium_model_equals_its_unrolled_self(generator, batch_dims):
         return y
 
     def layer(W, x):
-        return implicit.fixed_point(T, unrolled(W.detach(), x.detach()), W, x, batch_dims=batch_dims, solver=GMRES(1e-12))
+        return implicit.fixed_point(
+            T, unrolled(W.detach(), x.detach()), W, x, batch_dims=batch_dims, solver=GMRES(1e-12)
+        )
 
     inputs = W.clone().requires_grad_(), x.clone().requires_grad_()
     for ours, truth in zip(

@@ -75,8 +75,9 @@ class FloorsTheTolerance(CG):
 class KeepsFrozenColumnsMoving(CG):
     """Has no mask: a column that has converged goes on with the others."""
 
-    def _running(self, s, look):
-        return torch.ones_like(s.codes, dtype=torch.bool)
+    def step(self, A, b, s, look=1):
+        moving = super().step(A, b, evolve(s, codes=torch.zeros_like(s.codes)), look)
+        return evolve(moving, codes=torch.where(s.codes == Status.RUNNING.code, moving.codes, s.codes))
 
 
 FAULTS = [
