@@ -201,4 +201,5 @@ class LU(_Direct):
         return (factors, pivots), _conditioned(factors.diagonal(dim1=-2, dim2=-1), sizes, matrix)
 
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
-        return torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)
+        x: Tensor = torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)
+        return x

@@ -35,8 +35,8 @@ class Dense(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, symmetric: bool = False, definite: bool | None = None) -> None:
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():  # type: ignore[redundant-expr]
+            kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__  # type: ignore[redundant-expr]
             raise TypeError(f"Dense: matrix must be a floating torch.Tensor, but got {kind}; use matrix.double().")
         super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device, symmetric=symmetric, definite=definite)
         self.matrix = matrix

@@ -81,7 +81,7 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         check_stopping("Neumann", self.rtol, self.atol, 0)
         for name, value in (("terms", self.terms), ("lanczos_steps", self.lanczos_steps)):
-            if not isinstance(value, int) or value < 0:
+            if not isinstance(value, int) or value < 0:  # type: ignore[redundant-expr]
                 raise ValueError(f"Neumann: {name} must be an integer >= 0, but got {value!r}; use e.g. {name}=20.")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(

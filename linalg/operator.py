@@ -113,7 +113,8 @@ class LinearOperator(ABC):
         Returns:
             The inner products, of shape (...).
         """
-        return torch.linalg.vecdot(u, v)
+        product: Tensor = torch.linalg.vecdot(u, v)
+        return product
 
     def vecdots(self, V: Tensor, w: Tensor) -> Tensor:
         """The inner products `vecdot` of w with a block of vectors, per column.

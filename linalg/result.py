@@ -185,7 +185,7 @@ def check_stopping(owner: str, rtol: float | None, atol: float, max_iter: int) -
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{owner}: {name} must be a number >= 0, but got {value}; use e.g. {name}=1e-8.")
-    if not isinstance(max_iter, int) or max_iter < 0:
+    if not isinstance(max_iter, int) or max_iter < 0:  # type: ignore[redundant-expr]
         raise ValueError(f"{owner}: max_iter must be an integer >= 0, but got {max_iter!r}; use e.g. max_iter=100.")
 
 

@@ -125,13 +125,13 @@ class Ravel:
         """Leaves of shapes (*batch, *shape) as one vector of shape (*batch, n); nothing is checked."""
         parts = []
         for leaf, shape in zip(leaves, self.shapes, strict=True):
-            parts.append(leaf.reshape(leaf.shape[: leaf.ndim - len(shape)] + (shape.numel(),)))
+            parts.append(leaf.reshape(*leaf.shape[: leaf.ndim - len(shape)], shape.numel()))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The leaves, of shapes (*batch, *shape), of a vector of shape (*batch, n)."""
         batch = vector.shape[:-1]
-        parts = vector.split([shape.numel() for shape in self.shapes], dim=-1)
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes], dim=-1)
         return [part.reshape(batch + shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unflatten(self, vector: Tensor) -> Any:
