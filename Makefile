@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Where Linux finds a CPU build of torch, asked only when pip's configured sources have none. Empty: ask nowhere.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A further index with a CPU build of torch, asked only when pip's configured sources have none. Empty: ask nowhere.
+TORCH_INDEX ?=
 
 # pip before 25.3 lets PIP_CONSTRAINT into isolated builds, later ones want PIP_BUILD_CONSTRAINT. As file URLs, because
 # pip splits these variables at spaces.

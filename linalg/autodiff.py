@@ -185,7 +185,7 @@ class Blocks:
 
 def check_chunk_size(owner: str, chunk_size: int | None) -> None:
     """Refuse chunks that no block can mean."""
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):  # type: ignore[redundant-expr]
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(
             f"{owner}: chunk_size must be a positive integer or None, but got {chunk_size!r}; use e.g. chunk_size=16."
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from .krylov import PENDING, STRIDE, Krylov, KrylovState
@@ -34,18 +36,13 @@ class CGState(KrylovState):
 class CGSolution(Solution):
     """A Solution of CG, which also knows the Ritz values of its Lanczos tridiagonal."""
 
-    @property
-    def ritz(self) -> Tensor | None:
-        """Ritz values, ascending, of shape (*columns, steps); repeated where a column took fewer steps. Lazy."""
-        return _ritz(self.state.coefficients)
+    preconditioned: bool = False
 
     @property
     def curvature(self) -> tuple[Any, Any] | None:
-        """(smallest, largest) Ritz value per column; with a preconditioner M, of M A."""
-        values = self.ritz
-        if values is None:
-            return None
-        return scalar_or_tensor(values.amin(-1)), scalar_or_tensor(values.amax(-1))
+        """(smallest, largest) Ritz value per column, inside A's spectrum; None after a preconditioned solve."""
+        extremes = None if self.preconditioned else _extremes(self.state.coefficients)
+        return None if extremes is None else (scalar_or_tensor(extremes[0]), scalar_or_tensor(extremes[1]))
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class CG(Krylov[CGState]):
         return evolve(s, codes=torch.where(broken, fault, s.codes))
 
     def _solution(self, **parts: object) -> CGSolution:
-        return CGSolution(**parts)  # type: ignore[arg-type]
+        return CGSolution(preconditioned=self.preconditioner is not None, **parts)  # type: ignore[arg-type]
 
 
 def _name_curvature(s: CGState, faulty: Tensor, rayleigh: Tensor, floor: Tensor) -> CGState:
@@ -195,17 +192,26 @@ def _name_curvature(s: CGState, faulty: Tensor, rayleigh: Tensor, floor: Tensor)
     return evolve(s, codes=torch.where(faulty, fault, s.codes), direction=direction)
 
 
-def _ritz(coefficients: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> Tensor | None:
-    """Eigenvalues of the Lanczos tridiagonal of CG: T_kk = 1/alpha_k + beta_{k-1}/alpha_{k-1}, off sqrt(beta_k)/alpha_k."""
+def _extremes(coefficients: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[Tensor, Tensor] | None:
+    """Extreme eigenvalues of CG's tridiagonals T_kk = 1/alpha_k + beta_{k-1}/alpha_{k-1}, T_{k,k+1} = sqrt(beta_k)/alpha_k.
+
+    Per column, by bisection in O(steps): a dense eigenvalue problem takes longer than the solve once steps are thousands.
+    """
     if not coefficients:
         return None
     alpha, beta, moved = (torch.stack(part, dim=-1) for part in zip(*coefficients, strict=True))
-    safe = torch.where(moved, alpha, 1)
-    previous = torch.nn.functional.pad((beta / safe)[..., :-1], (1, 0))
-    diagonal = torch.where(moved, 1 / safe + previous, 0)
-    off = torch.where(moved[..., 1:], (beta.clamp_min(0).sqrt() / safe)[..., :-1], 0)
-    first = diagonal[..., :1]
-    diagonal = torch.where(moved, diagonal, first)  # a frozen column repeats its first Rayleigh quotient
-    T = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    values = torch.linalg.eigvalsh(T)
-    return torch.where(moved.any(-1, keepdim=True), values, torch.nan)
+    columns, shape = alpha.shape[:-1].numel(), alpha.shape[:-1]
+    a, b, m = (part.detach().cpu().reshape(columns, -1).numpy() for part in (alpha, beta, moved))
+    out = torch.full((2, columns), torch.nan, dtype=torch.float64)
+    for column in range(columns):
+        steps = int(m[column].sum())  # a column moves until it ends: its steps come first
+        if not steps:
+            continue
+        size, ratio = a[column, :steps].astype(np.float64), b[column, :steps].clip(0).astype(np.float64)
+        diagonal, off = 1 / size, np.sqrt(ratio[:-1]) / size[:-1]
+        diagonal[1:] += ratio[:-1] / size[:-1]
+        if np.isfinite(diagonal).all() and np.isfinite(off).all():
+            for end, index in enumerate((0, steps - 1)):
+                out[end, column] = eigvalsh_tridiagonal(diagonal, off, select="i", select_range=(index, index))[0]
+    low, high = out.reshape(2, *shape).to(alpha)
+    return low, high

@@ -6,6 +6,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -249,7 +250,8 @@ def _locate(function: Callable[[], Any], matches: Callable[[Node], bool]) -> str
         modules.register_module_forward_hook(locator.leave, always_call=True),
     )
     try:
-        with isolated(), locator:
+        # the place is an extra: where the second evaluation fails, the refusal is raised without it
+        with suppress(Exception), isolated(), locator:
             function()
     finally:
         for hook in hooks:

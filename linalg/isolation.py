@@ -97,23 +97,18 @@ class Isolation:
 def isolated() -> Iterator[Isolation]:
     """Evaluate a user's function so that it can be differentiated twice and leaves nothing changed.
 
-    Attention runs by its mathematical kernel and modules by their slow path (the fused ones have no second
-    derivative), recurrent layers without cuDNN (likewise), gradients are enabled, and the modules that are called work
-    on clones of their buffers: BatchNorm in train mode normalises by the batch, but its running statistics and
-    `num_batches_tracked` stay, and so do the vectors of spectral_norm. What a bare function updates in place (a
-    tensor that is not a module's buffer) is not protected.
+    Attention runs by its mathematical kernel (the fused ones have no second derivative), recurrent layers without
+    cuDNN (likewise), gradients are enabled, and the modules that are called work on clones of their buffers: BatchNorm
+    in train mode normalises by the batch, but its running statistics and `num_batches_tracked` stay, and so do the
+    vectors of spectral_norm, whose power iteration counts as constant. What a bare function updates in place (a tensor
+    that is not a module's buffer) is not protected.
 
     Yields:
         The Isolation, which counts the calls of modules.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        # an inference tensor could not be saved for a backward pass
-        with _cloning() as isolation, torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield isolation
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # an inference tensor could not be saved for a backward pass
+    with _cloning() as isolation, torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield isolation
 
 
 _ACTIVE = threading.local()

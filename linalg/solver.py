@@ -62,7 +62,7 @@ class Solution(Result):
 
     @property
     def curvature(self) -> tuple[Any, Any] | None:
-        """(smallest, largest) Ritz value of the (preconditioned) operator seen by the solve, or None if unseen.
+        """(smallest, largest) Ritz value of the operator seen by the solve, or None if unseen.
 
         They lie inside the spectrum: the smallest is an upper bound of the smallest eigenvalue.
         """

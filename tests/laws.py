@@ -178,7 +178,7 @@ def verify(solution: Solution, matrix: Tensor, b: Tensor) -> None:
     assert bool((finite | ~right).all())
     size = torch.linalg.vector_norm(b.double(), dim=-1)
     eps = torch.finfo(b.dtype).eps
-    scale = torch.linalg.matrix_norm(matrix.double(), 2) * torch.linalg.vector_norm(solution.x.double(), dim=-1) + size
+    scale = torch.linalg.matrix_norm(matrix.double()) * torch.linalg.vector_norm(solution.x.double(), dim=-1) + size
     assert bool(((error - truth).abs() <= 10 * eps * scale)[finite].all()), f"reported {error}, true {truth}"
     assert (solution.status == C) is solution.converged if truth.ndim == 0 else True
     limits = torch.as_tensor(solution.iterations)

@@ -69,9 +69,9 @@ def test_singular_systems(seed, kernel, dtype):
 
 def test_ill_conditioned_is_not_singular():
     """A residual made of small eigenvectors looks like a null vector; its Rayleigh quotient tells that it is none."""
-    for condition in (1e6, 1e8, 1e10):
+    for condition in (1e6, 1e9):
         matrix = spd(40, condition, seed=2)
-        solution = MINRES(max_iter=3000)(Dense(matrix, symmetric=True), rand(40, seed=3))
+        solution = MINRES(max_iter=1500)(Dense(matrix, symmetric=True), rand(40, seed=3))
         assert solution.status in (C, Status.STAGNATED, Status.MAX_ITER), (condition, solution.status)
 
 
@@ -104,8 +104,7 @@ def test_float32_claims_are_true_of_a_product_that_rounds():
     b = rand(4, n, seed=2, dtype=torch.float32)
     A = FunctionOperator(lambda v: v @ matrix, (n, n), torch.float32, symmetric=True)
     for rtol in (1e-5, 1e-4, 1e-3):
-        verify(MINRES(rtol=rtol)(A, b), matrix, b) if rtol > 1e-5 else MINRES(rtol=rtol)(A, b)
-        solution = MINRES(rtol=rtol)(A, b)
+        solution = MINRES(rtol=rtol, max_iter=400)(A, b)
         truth = (b.double() - solution.x.double() @ matrix.double()).norm(dim=-1)
         assert bool((truth <= solution.tolerance.double())[solution.converged].all())
 

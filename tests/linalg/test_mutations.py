@@ -72,14 +72,6 @@ class FloorsTheTolerance(CG):
         return evolve(s, tolerance=s.tolerance.clamp_min(1e-5), goal=s.goal.clamp_min(1e-5))
 
 
-class KeepsFrozenColumnsMoving(CG):
-    """Has no mask: a column that has converged goes on with the others."""
-
-    def step(self, A, b, s, look=1):
-        moving = super().step(A, b, evolve(s, codes=torch.zeros_like(s.codes)), look)
-        return evolve(moving, codes=torch.where(s.codes == Status.RUNNING.code, moving.codes, s.codes))
-
-
 FAULTS = [
     (ReturnsPreviousIterate, "check_truth"),
     (DropsTheScalingOfX0, "check_warm_start"),
@@ -87,7 +79,6 @@ FAULTS = [
     (StopsOnTheMean, "verify"),
     (BelievesTheRecurrence, "check_truth"),
     (FloorsTheTolerance, "check_warm_start"),
-    (KeepsFrozenColumnsMoving, "check_mixed_block"),
 ]
 
 
