@@ -37,8 +37,8 @@ class Set(ABC):
             TypeError: if x is not a floating tensor.
             ValueError: if its shape, dtype or device does not fit the set.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():  # type: ignore[redundant-expr]
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__  # type: ignore[redundant-expr]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{type(self).__name__}.project: x must be a real floating tensor, but got {kind}.")
         return self._project(x)
 

@@ -73,7 +73,7 @@ class LBFGS(Minimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.history_size, int) or self.history_size < 1:  # type: ignore[redundant-expr]
+        if not isinstance(self.history_size, int) or self.history_size < 1:
             raise ValueError(f"LBFGS: history_size must be an integer >= 1, but got {self.history_size!r}.")
 
     def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:

@@ -70,7 +70,7 @@ class NewtonCG(Minimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.cg_max_iter, int) or self.cg_max_iter < 1:  # type: ignore[redundant-expr]
+        if not isinstance(self.cg_max_iter, int) or self.cg_max_iter < 1:
             raise ValueError(f"NewtonCG: cg_max_iter must be an integer >= 1, but got {self.cg_max_iter!r}.")
 
     def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:

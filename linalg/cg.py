@@ -193,10 +193,8 @@ def _name_curvature(s: CGState, faulty: Tensor, rayleigh: Tensor, floor: Tensor)
 
 
 def _extremes(coefficients: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[Tensor, Tensor] | None:
-    """Extreme eigenvalues of CG's tridiagonals T_kk = 1/alpha_k + beta_{k-1}/alpha_{k-1}, T_{k,k+1} = sqrt(beta_k)/alpha_k.
-
-    Per column, by bisection in O(steps): a dense eigenvalue problem takes longer than the solve once steps are thousands.
-    """
+    """Extreme eigenvalues of CG's T_kk = 1/alpha_k + beta_{k-1}/alpha_{k-1}, T_{k,k+1} = sqrt(beta_k)/alpha_k."""
+    # Per column, by bisection in O(steps): a dense eigenvalue problem outlasts the solve once steps are thousands.
     if not coefficients:
         return None
     alpha, beta, moved = (torch.stack(part, dim=-1) for part in zip(*coefficients, strict=True))

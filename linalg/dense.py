@@ -119,10 +119,8 @@ class _Direct(LinearSolver):
 
 
 def _conditioned(pivots: Tensor, sizes: Tensor, matrix: Tensor) -> Tensor:
-    """Codes: SINGULAR where a pivot is at the rounding level of what it was computed from, NON_FINITE where the matrix is.
-
-    Comparing each pivot with its own row and column, not with the largest pivot, makes this independent of scaling.
-    """
+    """Codes: SINGULAR where a pivot is at the rounding level of its summands, NON_FINITE where the matrix is."""
+    # Comparing a pivot with its own row and column, not with the largest pivot, makes this independent of scaling.
     singular = (pivots.abs() <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * sizes).any(-1)
     codes = torch.where(singular, Status.SINGULAR.code, Status.RUNNING.code)
     return torch.where(torch.isfinite(matrix).all(-1).all(-1), codes, Status.NON_FINITE.code)

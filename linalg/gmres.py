@@ -37,14 +37,14 @@ class GMRESState(KrylovState):
 class GMRES(Krylov[GMRESState]):
     """Solve A x = b for any square A, symmetric or not, one product with A a step and none with its transpose.
 
-    Arnoldi's process, preconditioned from the right (A M u = r, x = x + M u), with classical Gram-Schmidt done twice and
-    Givens rotations, minimises |b - A x| over the Krylov space; after `restart` steps it begins anew from the true
+    Arnoldi's process, preconditioned from the right (A M u = r, x = x + M u), with classical Gram-Schmidt done twice
+    and Givens rotations, minimises |b - A x| over the Krylov space; after `restart` steps it begins anew from the true
     residual. All columns of b run at once, and one that has ended is frozen. CONVERGED means that a fresh product gave
     |b - A x| <= max(rtol |b|, atol); a wrong claim of the recurrence restarts, or ends as STAGNATED when that no longer
     halves the true residual. Also STAGNATED: a whole cycle that gains nothing (the next one would repeat it; raise
-    `restart`), or a long window that gains less than 1 %. Where a claim or a cycle fails and A is singular on the Krylov
-    space to working precision, the column is SINGULAR: exhausting the space is no convergence. `direction` is then the
-    null vector, and x minimises the residual without a part along it.
+    `restart`), or a long window that gains less than 1 %. Where a claim or a cycle fails and A is singular on the
+    Krylov space to working precision, the column is SINGULAR: exhausting the space is no convergence. `direction` is
+    then the null vector, and x minimises the residual without a part along it.
 
     Cost: 1 product a step, 1 a cycle; memory for restart + 1 vectors a column, 4 restart n operations a step.
 
@@ -91,8 +91,9 @@ class GMRES(Krylov[GMRESState]):
         m = max(1, min(self.restart, A.shape[-1]))
         columns = b.shape[:-1]
         state = GMRESState(
-            **vars(start), V=b.new_zeros(m + 1, *b.shape), R=b.new_zeros(*columns, m, m), Q=b.new_zeros(*columns, m + 1, m + 1),
-            g=b.new_zeros(*columns, m), left=start.error, scale=torch.zeros_like(start.error), started=start.error,
+            **vars(start), V=b.new_zeros(m + 1, *b.shape), R=b.new_zeros(*columns, m, m),
+            Q=b.new_zeros(*columns, m + 1, m + 1), g=b.new_zeros(*columns, m), left=start.error,
+            scale=torch.zeros_like(start.error), started=start.error,
         )  # fmt: skip
         return self._begin(A, state, r, is_running(state.codes), 0)
 
@@ -161,7 +162,7 @@ class GMRES(Krylov[GMRESState]):
         return self._stop_on_plateau(A, s)
 
     def _restart(self, A: LinearOperator, b: Tensor, s: GMRESState, ends: bool) -> GMRESState:
-        """Fold the steps of the PENDING columns (all, where a cycle ends) into x, rule on them, begin the next cycle."""
+        """Fold the PENDING columns' steps (all, where a cycle ends) into x, rule on them, begin the next cycle."""
         columns = (s.codes == PENDING) | (is_running(s.codes) & ends)
         x, g = s.x, s.g.clone()
         s, r, restart = self._settle(A, b, self._fold(s, columns), columns)

@@ -159,7 +159,7 @@ class Krylov(LinearSolver, Generic[State]):
         return evolve(s, best=torch.minimum(s.best, s.error), best_at=best_at, codes=codes)
 
     def _finish(self, A: LinearOperator, b: Tensor, s: State) -> Solution:
-        """Measure the residual wherever that was not the last thing done, and let the measurement have the last word."""
+        """Measure the residual wherever that was not the last thing done; the measurement has the last word."""
         codes = torch.where(s.codes == PENDING, Status.MAX_ITER.code, s.codes)
         unsure = codes != Status.CONVERGED.code
         error, products = s.error, s.products

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .operator import LinearOperator, power_of_two
 from .orthogonal import combine, orthogonalise
-from .result import Status, iterate, scalar_or_tensor
+from .result import iterate, scalar_or_tensor
 
 __all__ = ["NormEstimate", "Spectrum", "extreme_eigenvalues", "operator_norm"]
 
@@ -78,12 +78,12 @@ def extreme_eigenvalues(
 ) -> Spectrum:
     """The smallest and the largest eigenvalue of a symmetric A of shape (*batch, n, n).
 
-    Lanczos from a random start v, every new vector orthogonalised twice against all earlier ones. A Ritz value is on the
-    inner side of the eigenvalue that it approaches; the bound on the outer side is van Dorsselaer, Hochstenbach & van
-    der Vorst's: an eigenvalue at mu beyond all Ritz values theta_j has a unit eigenvector u with
-    |u'v| = beta_1 ... beta_k / prod_j |mu - theta_j|, and a random v makes that smaller than t with a probability of at
-    most t sqrt(2 n / pi). It holds at every step, so stopping early is safe. The run ends when both ends have converged
-    or the Krylov space is exhausted, which makes all figures exact.
+    Lanczos from a random start v, every new vector orthogonalised twice against all earlier ones. A Ritz value is on
+    the inner side of the eigenvalue that it approaches; the bound on the outer side is van Dorsselaer, Hochstenbach &
+    van der Vorst's: an eigenvalue at mu beyond all Ritz values theta_j has a unit eigenvector u with |u'v| = beta_1 ...
+    beta_k / prod_j |mu - theta_j|, and a random v makes that smaller than t with a probability of at most t sqrt(2 n /
+    pi). It holds at every step, so stopping early is safe. The run ends when both ends have converged or the Krylov
+    space is exhausted, which makes all figures exact.
 
     Cost: 1 product a step and, for step k, 4 k n operations; memory for `steps` vectors.
 
@@ -104,8 +104,8 @@ def extreme_eigenvalues(
         ValueError: if A is empty, or steps or rtol is not positive.
 
     Reference:
-        van Dorsselaer, Hochstenbach & van der Vorst, Computing probabilistic bounds for extreme eigenvalues of symmetric
-        matrices with the Lanczos method, 2001; Kuczynski & Wozniakowski 1992.
+        van Dorsselaer, Hochstenbach & van der Vorst, Computing probabilistic bounds for extreme eigenvalues of
+        symmetric matrices with the Lanczos method, 2001; Kuczynski & Wozniakowski 1992.
 
     Example:
         >>> from nestopt.linalg import Diagonal
@@ -152,7 +152,8 @@ def operator_norm(
 
     Args:
         A: operator with a product with its transpose.
-        steps: limit of steps; 100 reach 1 % for any singular values up to dimension 10^4, 5 to 20 where a few stand out.
+        steps: limit of steps; 100 reach 1 % for any singular values up to dimension 10^4, 5 to 20 where a few stand
+            out.
         rtol: relative accuracy asked for.
         generator: of the random start; None for a new one with seed 0.
 
@@ -276,7 +277,7 @@ class _Ritz:
         return cls(values, vectors, residuals, beta.log().sum(-1), floor, s.basis.shape[-1])
 
     def bound(self, end: int) -> Tensor:
-        """Beyond this no eigenvalue lies, but with probability _FAILURE; end is 0 for the lowest and -1 for the highest."""
+        """Beyond this no eigenvalue lies, but with probability _FAILURE; end: 0 for the lowest, -1 for the highest."""
         sign = 1.0 if end == -1 else -1.0
         theta = sign * self.values
         top = theta.amax(-1)
@@ -308,13 +309,13 @@ def _start(A: LinearOperator, generator: torch.Generator | None) -> Tensor:
     """A random unit vector for each system."""
     if generator is None:
         generator = torch.Generator(A.device).manual_seed(0)
-    v = torch.randn(*A.batch_shape, A.shape[-1], dtype=A.dtype, device=generator.device, generator=generator).to(A.device)
+    v = torch.randn(*A.batch_shape, A.shape[-1], dtype=A.dtype, device=generator.device, generator=generator).to(
+        A.device
+    )
     return v / A.norm(v)[..., None]
 
 
-def _run(
-    A: LinearOperator, steps: int, generator: torch.Generator | None, gap: Callable[[_Ritz], Tensor]
-) -> _State:
+def _run(A: LinearOperator, steps: int, generator: torch.Generator | None, gap: Callable[[_Ritz], Tensor]) -> _State:
     """Lanczos until the gap that matters is at most 1, everywhere, or the space is exhausted."""
     steps = min(steps, A.shape[-1])
     with torch.no_grad():
@@ -339,7 +340,9 @@ def _step(A: LinearOperator, s: _State, gap: Callable[[_Ritz], Tensor]) -> _Stat
     ended = A.norm(V[-1]) == 0
     alpha = torch.where(ended, s.alpha[0], alpha) if s.alpha else alpha
     beta = torch.where(beta <= 10 * torch.finfo(A.dtype).eps * torch.fmax(size, alpha.abs()), 0, beta)
-    s.basis[k] = torch.where((beta > 0)[..., None], w / beta[..., None], torch.where(beta == 0, 0, torch.nan)[..., None])
+    s.basis[k] = torch.where(
+        (beta > 0)[..., None], w / beta[..., None], torch.where(beta == 0, 0, torch.nan)[..., None]
+    )
     s = replace(s, alpha=(*s.alpha, alpha), beta=(*s.beta, beta))
     last = k == s.basis.shape[0] - 1
     if k > 8 and k % (k // 8) and not last:  # the small eigenproblem is not looked at in every step

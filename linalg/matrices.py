@@ -35,8 +35,8 @@ class Dense(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, symmetric: bool = False, definite: bool | None = None) -> None:
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():  # type: ignore[redundant-expr]
-            kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__  # type: ignore[redundant-expr]
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+            kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
             raise TypeError(f"Dense: matrix must be a floating torch.Tensor, but got {kind}; use matrix.double().")
         super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device, symmetric=symmetric, definite=definite)
         self.matrix = matrix
@@ -56,7 +56,7 @@ class Dense(LinearOperator):
         return _dense_product(self.matrix.mT, v)
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
-        """b - A x, in float64 whatever the dtype, so that a float32 solve is judged by its true residual."""
+        """B - A x, in float64 whatever the dtype, so that a float32 solve is judged by its true residual."""
         if self.dtype == torch.float64:
             return b - self._matvec(x)
         exact = b.double() - _dense_product(self.matrix.double(), x.double())

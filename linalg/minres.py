@@ -43,13 +43,13 @@ class MINRESState(KrylovState):
 class MINRES(Krylov[MINRESState]):
     """Solve A x = b for symmetric A, indefinite or singular too, one product with A a step.
 
-    Lanczos and Givens rotations minimise the residual (its M-norm, for a preconditioner M) over the Krylov space, for all
-    columns of b at once; a column that has ended is frozen. CONVERGED means that a fresh product gave
-    |b - A x| <= max(rtol |b|, atol); a wrong claim of the recurrence restarts from the true residual, or ends as
-    STAGNATED when that no longer halves it. A singular system with a solution converges to one; one without a
-    solution ends as SINGULAR once r = b - A x, far above rounding, is a null vector of A to working precision, measured:
-    |A r| <= 5 sqrt(eps) |A| |r| and |r'Ar| <= 10 eps |A| |r|^2. Then x is a least-squares solution and `direction` is
-    r. A preconditioner with v'Mv < 0 is a BREAKDOWN.
+    Lanczos and Givens rotations minimise the residual (its M-norm, for a preconditioner M) over the Krylov space, for
+    all columns of b at once; a column that has ended is frozen. CONVERGED means that a fresh product gave |b - A x| <=
+    max(rtol |b|, atol); a wrong claim of the recurrence restarts from the true residual, or ends as STAGNATED when that
+    no longer halves it. A singular system with a solution converges to one; one without a solution ends as SINGULAR
+    once r = b - A x, far above rounding, is a null vector of A to working precision, measured: |A r| <= 5 sqrt(eps) |A|
+    |r| and |r'Ar| <= 10 eps |A| |r|^2. Then x is a least-squares solution and `direction` is r. A preconditioner with
+    v'Mv < 0 is a BREAKDOWN.
 
     Cost: 1 product a step, 1 to verify, 1 for x0, 2 more to look at A r where a claim fails.
 
@@ -107,8 +107,8 @@ class MINRES(Krylov[MINRESState]):
         root = torch.where(gamma > 0, gamma, 1).sqrt()
         zero, one, none = torch.zeros_like(norm), torch.ones_like(norm), torch.zeros_like(r)
         return evolve(
-            s, codes=codes, r=r, u_old=none, u=u / root[..., None], z=z / root[..., None], w_old=none, w=none, gamma=zero,
-            eta=norm * root, c_old=one, c=one, sine_old=zero, sine=zero,
+            s, codes=codes, r=r, u_old=none, u=u / root[..., None], z=z / root[..., None], w_old=none, w=none,
+            gamma=zero, eta=norm * root, c_old=one, c=one, sine_old=zero, sine=zero,
         )  # fmt: skip
 
     def step(self, A: LinearOperator, b: Tensor, s: MINRESState, look: int = 1) -> MINRESState:
@@ -139,9 +139,9 @@ class MINRES(Krylov[MINRESState]):
         eps = torch.finfo(A.dtype).eps
         largest = torch.fmax(s.largest, torch.hypot(torch.hypot(s.gamma, delta), gamma))
         size = largest if self.preconditioner is None else torch.fmax(s.size, A.norm(q) / A.norm(s.z))
-        # Of r as it is before the step, |A r| / |r| and r'Ar / |r|^2 are known. Minimising |r| can leave a share of the order
-        # of sqrt(eps) of the range of A in it, but no more: where both are that small, r is a null vector, and a step
-        # would only add to x in its direction.
+        # Of r as it is before the step, |A r| / |r| and r'Ar / |r|^2 are known. Minimising |r| can leave a share of the
+        # order of sqrt(eps) of the range of A in it, but no more: where both are that small, r is a null vector, and a
+        # step would only add to x in its direction.
         suspect = running & (torch.hypot(alpha0, s.c * gamma) <= s.suspicion * largest)
         suspect = suspect & ((s.c * alpha0).abs() <= 10 * eps * largest)
 

@@ -40,9 +40,9 @@ class Neumann(LinearSolver):
     truncated sum; CONVERGED means that |b - A x| <= max(rtol |b|, atol) was measured, after which it stops early.
 
     Before the first step, Lanczos looks at the spectrum. Its largest Ritz value is a lower bound of lambda_max, so one
-    beyond 2 / a proves that the series diverges: the outcome is DIVERGED, with x where it started. A negative Ritz value
-    is NEGATIVE_CURVATURE with its direction, A = 0 is SINGULAR. Where Lanczos saw neither, a residual that grows proves
-    one of the two, and ends the run before the step that made it grow.
+    beyond 2 / a proves that the series diverges: the outcome is DIVERGED, with x where it started. A negative Ritz
+    value is NEGATIVE_CURVATURE with its direction, A = 0 is SINGULAR. Where Lanczos saw neither, a residual that grows
+    proves one of the two, and ends the run before the step that made it grow.
 
     Cost: 1 product a term, and at most `lanczos_steps` before the first.
 
@@ -81,7 +81,7 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         check_stopping("Neumann", self.rtol, self.atol, 0)
         for name, value in (("terms", self.terms), ("lanczos_steps", self.lanczos_steps)):
-            if not isinstance(value, int) or value < 0:  # type: ignore[redundant-expr]
+            if not isinstance(value, int) or value < 0:
                 raise ValueError(f"Neumann: {name} must be an integer >= 0, but got {value!r}; use e.g. {name}=20.")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(

@@ -36,12 +36,12 @@ class NormalState:
 class Normal(LinearSolver):
     """Solve A x = b for any A of shape (m, n) by A'A x = A'b, with a solver for symmetric systems.
 
-    For square A this is the system itself, and CONVERGED means |b - A x| <= max(rtol |b|, atol). For rectangular A it is
-    least squares, from x0 = 0 the solution of minimum norm, and CONVERGED means |A'(b - A x)| <= max(rtol |A'b|, atol).
-    Either is measured with A and A', never read off the wrapped solver, and `error` is what was measured;
+    For square A this is the system itself, and CONVERGED means |b - A x| <= max(rtol |b|, atol). For rectangular A it
+    is least squares, from x0 = 0 the solution of minimum norm, and CONVERGED means |A'(b - A x)| <= max(rtol |A'b|,
+    atol). Either is measured with A and A', never read off the wrapped solver, and `error` is what was measured;
     `residual_norm` is |b - A x| for both. The wrapped solver is called again for the correction A'A d = A'(b - A x) as
-    long as that halves the error: its tolerance need not be strict. A square system without a solution is SINGULAR
-    once A'r vanishes to working precision: x is then its least-squares solution, and `direction` is r.
+    long as that halves the error: its tolerance need not be strict. A square system without a solution is SINGULAR once
+    A'r vanishes to working precision: x is then its least-squares solution, and `direction` is r.
 
     The condition number is SQUARED: above 1e7 in float64 (3e3 in float32) nothing is left of the small singular values.
     Prefer MINRES for symmetric, GMRES for nonsymmetric square A.

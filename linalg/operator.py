@@ -95,7 +95,7 @@ class LinearOperator(ABC):
         return self.shape[:-2]
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802
+    def T(self) -> LinearOperator:
         """The transpose; the operator itself when it is symmetric."""
         return self if self.symmetric else Transposed(self)
 
@@ -174,7 +174,9 @@ class LinearOperator(ABC):
         return self._matvec(other)
 
     def __rmatmul__(self, other: Any) -> Any:
-        raise TypeError(f"{type(self).__name__}: v @ A is not defined; write A.T @ v, with the space in v's last dimension.")
+        raise TypeError(
+            f"{type(self).__name__}: v @ A is not defined; write A.T @ v, with the space in v's last dimension."
+        )
 
     def active_matvec(self, v: Float[Tensor, "*columns n"], active: Bool[Tensor, "*columns"]) -> Tensor:
         """A v where `active`, zero elsewhere: the columns that a solver has finished cost no product.
@@ -192,7 +194,7 @@ class LinearOperator(ABC):
             return self._matvec(v)
         if not self.skips(active):
             return torch.where(active[..., None], self._matvec(v), 0)
-        out = v.new_zeros(v.shape[:-1] + (self.shape[-2],))
+        out = v.new_zeros((*v.shape[:-1], self.shape[-2]))
         if bool(active.any()):
             out[active] = self._matvec(v[active])
         return out
@@ -202,7 +204,7 @@ class LinearOperator(ABC):
         return active.ndim > 0 and not self.batch_shape and not active.is_cuda
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
-        """b - A x, from a fresh product; a subclass that can, computes it in a higher precision.
+        """B - A x, from a fresh product; a subclass that can, computes it in a higher precision.
 
         Args:
             x: shape (*sides, *batch, n).
@@ -232,7 +234,9 @@ class LinearOperator(ABC):
             return r, self.norm(r)
         image = self._matvec(x)
         r = b - image
-        noise = torch.maximum(self.norm(3 * self._matvec(x / 3) - image), torch.finfo(self.dtype).eps * self.norm(image))
+        noise = torch.maximum(
+            self.norm(3 * self._matvec(x / 3) - image), torch.finfo(self.dtype).eps * self.norm(image)
+        )
         return r, self.norm(r) + noise
 
     @property
@@ -252,8 +256,8 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return other
         raise TypeError(
-            f"{type(self).__name__} {sign} takes a LinearOperator, but got {type(other).__name__}; use A.shift(sigma) for "
-            "A + sigma I, or wrap a matrix in linalg.Dense."
+            f"{type(self).__name__} {sign} takes a LinearOperator, but got {type(other).__name__}; A.shift(sigma) is "
+            "for A + sigma I, or wrap a matrix in linalg.Dense."
         )
 
     def __neg__(self) -> LinearOperator:
@@ -368,7 +372,7 @@ class Transposed(Derived):
         return self.operator._matvec(v)
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802
+    def T(self) -> LinearOperator:
         """The operator that was transposed."""
         return self.operator
 
@@ -444,7 +448,7 @@ class Shifted(Derived):
         sigma = torch.as_tensor(sigma, dtype=operator.dtype, device=operator.device)
         if sigma.shape not in (torch.Size(()), operator.batch_shape):
             raise ValueError(
-                f"{operator!r}.shift: sigma must be a number or have the batch shape {tuple(operator.batch_shape)}, but "
+                f"{operator!r}.shift: sigma must be a number or of the batch shape {tuple(operator.batch_shape)}, but "
                 f"got {tuple(sigma.shape)}."
             )
         definite = True if operator.definite and bool((sigma >= 0).all()) else None

@@ -185,7 +185,7 @@ def check_stopping(owner: str, rtol: float | None, atol: float, max_iter: int) -
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not value >= 0:
             raise ValueError(f"{owner}: {name} must be a number >= 0, but got {value}; use e.g. {name}=1e-8.")
-    if not isinstance(max_iter, int) or max_iter < 0:  # type: ignore[redundant-expr]
+    if not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"{owner}: max_iter must be an integer >= 0, but got {max_iter!r}; use e.g. max_iter=100.")
 
 
@@ -291,8 +291,8 @@ def iterate(
     call: a state that ended at MAX_ITER or STOPPED runs on when it is passed in again.
 
     Args:
-        step: moves, then evaluates; returns the next state (a dataclass with codes, iterations and error), with new codes
-            where an item ended, never the old ones changed in place.
+        step: moves, then evaluates; returns the next state (a dataclass with codes, iterations and error), with new
+            codes where an item ended, never the old ones changed in place.
         state: the evaluated starting state.
         max_iter: limit of steps in this call.
         tolerance: absolute, per item; None when the step itself says CONVERGED (because it must verify first).

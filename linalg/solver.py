@@ -101,7 +101,7 @@ class LinearSolver(ABC):
             return self._solve(A, b.detach(), None if x0 is None else x0.detach())
 
     def prepare(self, A: LinearOperator) -> Prepared:
-        """Do once what many solves with A and its transpose can share (a factorisation); an iterative solver shares none.
+        """Do once what many solves with A and its transpose share (a factorisation); an iterative solver shares none.
 
         Args:
             A: the operator.
@@ -119,12 +119,14 @@ class LinearSolver(ABC):
     def _check_operator(self, A: LinearOperator) -> None:
         name = type(self).__name__
         if not isinstance(A, LinearOperator):
-            raise TypeError(f"{name}: A must be a LinearOperator, but got {type(A).__name__}; use linalg.Dense(matrix).")
+            raise TypeError(
+                f"{name}: A must be a LinearOperator, but got {type(A).__name__}; use linalg.Dense(matrix)."
+            )
         if self.needs_square and A.shape[-1] != A.shape[-2]:
             raise ValueError(f"{name}: A must be square, but it has shape {tuple(A.shape)}; use Normal(CG()).")
         if self.needs_symmetric and not A.symmetric:
             raise TypeError(
-                f"{name}: A must be promised symmetric, but {A!r} is not; build it with symmetric=True if it is, or use "
+                f"{name}: A must be promised symmetric, but {A!r} is not; build it with symmetric=True, or use "
                 "a solver for general matrices (LU, GMRES)."
             )
 

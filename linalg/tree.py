@@ -114,7 +114,9 @@ class Ravel:
             if not isinstance(leaf, Tensor) or leaf.shape != shape:
                 raise ValueError(f"{path} must have shape {tuple(shape)}, but got {_describe(leaf)}.")
             if leaf.dtype != self.dtype or leaf.device != self.device:
-                raise ValueError(f"{path} must be {self.dtype} on {self.device}, but got {leaf.dtype} on {leaf.device}.")
+                raise ValueError(
+                    f"{path} must be {self.dtype} on {self.device}, but got {leaf.dtype} on {leaf.device}."
+                )
         return leaves
 
     def flatten(self, tree: Any) -> Tensor:

@@ -98,7 +98,9 @@ def check_operator(A: LinearOperator, matrix: Tensor, transpose: bool = True) ->
         assert np.allclose(S @ v, dense @ v, atol=10 * tol * scale * n)
         assert np.allclose(S @ V, dense @ V, atol=10 * tol * scale * n)
         if transpose:
-            assert np.allclose(S.T @ rand(m, seed=3).numpy(), dense.T @ rand(m, seed=3).numpy(), atol=10 * tol * scale * n)
+            assert np.allclose(
+                S.T @ rand(m, seed=3).numpy(), dense.T @ rand(m, seed=3).numpy(), atol=10 * tol * scale * n
+            )
     else:
         with pytest.raises(ValueError, match="batch"):
             A.to_scipy()
@@ -212,7 +214,7 @@ def check_zero(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> 
 
 def check_warm_start(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> None:
     """A start at the solution costs no step and comes back; any start leads to the solution; tiny b are not zero."""
-    matrix = spd(12, promises.reach(dtype)**0.5, seed=3, dtype=dtype)
+    matrix = spd(12, promises.reach(dtype) ** 0.5, seed=3, dtype=dtype)
     A, x = Dense(matrix, symmetric=True), 1e3 * rand(12, seed=4, dtype=dtype)
     b = torch.einsum("ij,j->i", matrix.double(), x.double()).to(dtype)
     solution = solver(A, b, x)
@@ -288,7 +290,9 @@ def check_shapes(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -
 def check_batches(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> None:
     """A block, a batch of systems, and both at once are the same as one column after the other."""
     n = 10
-    matrices = torch.stack([spd(n, c, seed=i, dtype=dtype) for i, c in enumerate((1.0, 4.0, promises.reach(dtype)**0.5))])
+    matrices = torch.stack(
+        [spd(n, c, seed=i, dtype=dtype) for i, c in enumerate((1.0, 4.0, promises.reach(dtype) ** 0.5))]
+    )
     b = rand(2, 3, n, seed=10, dtype=dtype)
     x0 = rand(2, 3, n, seed=11, dtype=dtype)
     rtol = 1e-10 if dtype == DOUBLE else 1e-3  # float32 block and column products differ by rounding
@@ -309,11 +313,13 @@ def check_batches(solver: LinearSolver, promises: Promises, dtype: torch.dtype) 
 
 
 def check_mixed_block(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> None:
-    """Columns that are easy, hard, zero and NaN, in one block and in one batch of systems, each end in their own way."""
+    """Columns that are easy, hard, zero and NaN, in one block and one batch of systems, each end in their own way."""
     n = 20
     matrix = spd(n, promises.reach(dtype), seed=12, dtype=dtype)
     easy = torch.linalg.eigh(matrix.double()).eigenvectors[:, -1].to(dtype)
-    b = torch.stack([rand(n, seed=13, dtype=dtype), 1e6 * easy, 0 * easy, math.nan * easy, rand(n, seed=14, dtype=dtype)])
+    b = torch.stack(
+        [rand(n, seed=13, dtype=dtype), 1e6 * easy, 0 * easy, math.nan * easy, rand(n, seed=14, dtype=dtype)]
+    )
     solution = solver(Dense(matrix, symmetric=True), b[:3])  # a NaN would hide a mean over columns
     verify(solution, matrix, b[:3])
     assert members(solution) == [C, C, C]
@@ -344,7 +350,7 @@ def check_mixed_block(solver: LinearSolver, promises: Promises, dtype: torch.dty
 def check_scale(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> None:
     """c A and c b for c = 1e-12 and 1e12: the same steps up to rounding, the scaled solution, the same names."""
     n = 16
-    matrix, b = spd(n, promises.reach(dtype)**0.5, seed=17, dtype=dtype), rand(n, seed=18, dtype=dtype)
+    matrix, b = spd(n, promises.reach(dtype) ** 0.5, seed=17, dtype=dtype), rand(n, seed=18, dtype=dtype)
     negative = symmetric(-torch.linspace(1, 4, n, dtype=DOUBLE), 19, dtype)
     kernel = symmetric(torch.cat([torch.zeros(2, dtype=DOUBLE), torch.linspace(1, 4, n - 2, dtype=DOUBLE)]), 20, dtype)
     plain = solver(Dense(matrix, symmetric=True), b)
@@ -355,7 +361,7 @@ def check_scale(solver: LinearSolver, promises: Promises, dtype: torch.dtype) ->
             assert solution.status == C
             assert not promises.steady or abs(solution.iterations - plain.iterations) <= 2 + 0.1 * plain.iterations
             error = solution.x.double() * (left / right) - plain.x.double()
-            limit = 10 * promises.reach(dtype)**0.5 * plain.tolerance / float(b.double().norm())
+            limit = 10 * promises.reach(dtype) ** 0.5 * plain.tolerance / float(b.double().norm())
             assert float(error.norm()) <= limit * float(plain.x.double().norm())
         assert solver(Dense(c * negative, symmetric=True), b).status == promises.indefinite
         assert solver(Dense(c * kernel, symmetric=True), b).status in promises.singular

@@ -125,7 +125,7 @@ def test_a_good_preconditioner_saves_steps_and_a_bad_one_is_named():
     assert not bool((indefinite.x != 0).any())
     mixed = Diagonal(torch.cat([torch.ones(39, dtype=DOUBLE), -torch.full((1,), 1e9, dtype=DOUBLE)]))
     assert CG(preconditioner=mixed)(Dense(spd(40, 10.0), symmetric=True), rand(40)).status == Status.BREAKDOWN
-    with pytest.raises(ValueError, match="preconditioner .* must have the shape"):
+    with pytest.raises(ValueError, match=r"preconditioner .* must have the shape"):
         CG(preconditioner=Diagonal(diagonal[1:]))(A, b)
     with pytest.raises(TypeError, match="promised symmetric"):
         CG(preconditioner=Dense(matrix))(A, b)

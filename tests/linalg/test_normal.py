@@ -13,7 +13,9 @@ def test_laws(inner, dtype):
 
 
 def test_a_known_answer():
-    A = Dense(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=DOUBLE))  # the line through (0, 6), (1, 0), (2, 0)
+    A = Dense(
+        torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]], dtype=DOUBLE)
+    )  # the line through (0, 6), (1, 0), (2, 0)
     solution = Normal()(A, torch.tensor([6.0, 0.0, 0.0], dtype=DOUBLE))
     torch.testing.assert_close(solution.x, torch.tensor([5.0, -3.0], dtype=DOUBLE), rtol=1e-12, atol=0)
     assert solution.residual_norm == pytest.approx(6**0.5)
@@ -32,7 +34,9 @@ def test_least_squares_of_any_shape(shape, sides, dtype):
     best = b.double() @ torch.linalg.pinv(matrix.double()).T  # the solution of minimum norm
     torch.testing.assert_close(solution.x.double(), best, rtol=0, atol=1e-8 if dtype == DOUBLE else 1e-3)
     truth = true_residual(matrix, solution.x, b)
-    torch.testing.assert_close(torch.as_tensor(solution.residual_norm, dtype=DOUBLE), truth, rtol=1e-4, atol=1e-4 * float(b.norm()))
+    torch.testing.assert_close(
+        torch.as_tensor(solution.residual_norm, dtype=DOUBLE), truth, rtol=1e-4, atol=1e-4 * float(b.norm())
+    )
     gradient = (b.double() - solution.x.double() @ matrix.double().T) @ matrix.double()
     held = truth if m == n else gradient.norm(dim=-1)
     assert bool((held <= torch.as_tensor(solution.tolerance, dtype=DOUBLE) * (1 + 1e-6)).all())
