@@ -31,7 +31,6 @@ class _Point:
     def __init__(self, system: System, y: Tensor, theta: Sequence[Tensor]) -> None:
         self.jacobian = SystemJacobian(system.function, y, theta, system.live, symmetric=system.options.symmetric)
         self.tensors = [tensor.detach() for tensor in (y, *theta)]
-        self.versions = [tensor._version for tensor in self.tensors]
         self._solver = system.options.choose(self.jacobian)
 
     @cached_property
@@ -45,13 +44,13 @@ class _Point:
         return isinstance(self.prepared, Factored)
 
     def is_at(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same memory, unchanged: its owner is held here, so an address names nothing else."""
+        """Whether these are the same memory, which is held here, so that an address names nothing else."""
+        # They come out of a graph's saved tensors: what was modified in place since then, torch has refused already.
         return len(tensors) == len(self.tensors) and all(
             new.layout == torch.strided
             and new.data_ptr() == old.data_ptr()
             and (new.shape, new.stride(), new.dtype, new.device) == (old.shape, old.stride(), old.dtype, old.device)
-            and new._version == version
-            for new, old, version in zip(tensors, self.tensors, self.versions, strict=True)
+            for new, old in zip(tensors, self.tensors, strict=True)
         )
 
 
@@ -156,8 +155,6 @@ class System:
             report(subject, result, self.options.on_failure)
             if self.options.on_failure == "nan":
                 y = torch.where(bad[..., None], torch.nan, y)
-        if not self.differentiated:
-            self._point = None
         return y
 
     def solve(self, transposed: bool, b: Tensor, y: Tensor, theta: Sequence[Tensor]) -> Tensor:

@@ -127,9 +127,12 @@ class MINRES(Krylov[MINRESState]):
         q, spent = self._multiply(A, s.z, running)
         delta = A.vecdot(q, s.z)
         v = q - delta[..., None] * s.u - s.gamma[..., None] * s.u_old
+        norm = A.norm(v)
+        v = v / torch.where(norm > 0, norm, 1)[..., None]  # before squares are formed
         z = self._precondition(v)
         square = A.vecdot(v, z)
-        gamma = square.clamp_min(0).sqrt()
+        root = torch.where(square > 0, square, 1).sqrt()
+        gamma = norm * root
 
         alpha0 = s.c * delta - s.c_old * s.sine * s.gamma
         alpha1 = torch.hypot(alpha0, gamma)
@@ -149,8 +152,7 @@ class MINRES(Krylov[MINRESState]):
         w = (s.z - alpha3[..., None] * s.w_old - alpha2[..., None] * s.w) / alpha1[..., None]
         x = s.x + (c * s.eta)[..., None] * w
         eta = -sine * s.eta
-        scale = torch.where(gamma > 0, gamma, 1)[..., None]
-        u, z = v / scale, z / scale
+        u, z = v / root[..., None], z / root[..., None]
         r, error = s.r, eta.abs()
         if self.preconditioner is not None:
             r = sine.square()[..., None] * s.r + (c * eta)[..., None] * u
@@ -166,7 +168,7 @@ class MINRES(Krylov[MINRESState]):
         exhausted = gamma <= 10 * eps * largest
         pending = (moved & (exhausted | (error <= s.goal))) | blocked
         codes = torch.where(suspect, _SUSPECT, torch.where(pending, PENDING, s.codes))
-        codes = torch.where(running & (square < -10 * eps * largest.square()), Status.BREAKDOWN.code, codes)
+        codes = torch.where(running & (square < -10 * eps * A.norm(z)), Status.BREAKDOWN.code, codes)
         codes = torch.where(running & ~torch.isfinite(square), Status.NON_FINITE.code, codes)
         s = evolve(
             choose(moved, new, s), codes=codes, k=s.k + 1, products=s.products + spent,

@@ -151,7 +151,14 @@ class Neumann(LinearSolver):
         grown = running & (error > s.error * (1 + 1e-6) + noise)
         codes, direction = s.codes, s.direction
         if r.is_cuda or any_of(grown):
-            negative = A.vecdot(s.r, s.r - r) < 0  # r - r_new = a A r
+            w = s.r - r  # a A r
+            negative = A.vecdot(s.r, w) < 0
+            # where r'Ar > 0 it may still be either: a Rayleigh quotient above 2 / a proves that the step is too long,
+            # and without one the run goes on until r'Ar tells
+            pull = A.active_matvec(w, grown & ~negative)
+            products += int((grown & ~negative).sum())
+            long = ~negative & (s.step_size * A.vecdot(w, pull) > 2 * A.vecdot(w, w))
+            grown = grown & (negative | long)
             fault = torch.where(negative, Status.NEGATIVE_CURVATURE.code, Status.DIVERGED.code)
             codes = torch.where(grown, fault, codes)
             unit = s.r / torch.where(s.error > 0, s.error, 1)[..., None]
