@@ -12,7 +12,7 @@ from torch import Tensor
 from nestopt.constrained import Set, project
 from nestopt.linalg import LinearOperator
 from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, reached_leaves
-from nestopt.linalg.guard import describe_captured
+from nestopt.linalg.guard import describe_captured, graph_nodes, probe, refusal
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
 __all__ = ["Linearization", "Problem", "Spaces"]
@@ -183,9 +183,9 @@ class Linearization:
         self.x_leaves = fresh_leaves(spaces.x, spaces.x.unflatten(x))
         self.y_leaves = fresh_leaves(spaces.y, spaces.y.unflatten(y))
         trees = spaces.x.build(self.x_leaves), spaces.y.build(self.y_leaves)
-        arguments = trees if data is None else (*trees, data)
-        self.upper_graph = evaluate(problem.upper, *arguments, name="upper")
-        self.lower_graph = evaluate(problem.lower, *arguments, name="lower")
+        self.arguments: tuple[Any, ...] = trees if data is None else (*trees, data)
+        self.upper_graph = evaluate(problem.upper, *self.arguments, name="upper")
+        self.lower_graph = self._evaluate_lower()
         upper = gradient(self.upper_graph, [*self.x_leaves, *self.y_leaves])
         self.upper_x = spaces.x.join(upper[: len(self.x_leaves)])
         self.upper_y = spaces.y.join(upper[len(self.x_leaves) :])
@@ -201,6 +201,7 @@ class Linearization:
         """Refuse silent zeros: captured tensors, unused variables, objectives that lack a variable.
 
         Raises:
+            UndifferentiableError: naming an operation of f that cannot be differentiated twice, and the cure.
             ValueError: naming the function and the variable.
         """
         known = [*self.x_leaves, *self.y_leaves]
@@ -221,6 +222,9 @@ class Linearization:
                     f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
                     "torch.no_grad() or an unused argument."
                 )
+        found = probe(graph_nodes([self.lower_graph]))  # an operation whose second derivative is missing, or wrong
+        if found is not None:
+            raise refusal("lower", *found, self._evaluate_lower)  # noqa: DOC501  (an UndifferentiableError)
         paths = leaf_paths(self.spaces.x.build(self.x_leaves), "x")
         unused = [
             path
@@ -232,6 +236,9 @@ class Linearization:
                 f"{', '.join(unused)} is used by neither upper nor lower, so its hypergradient would be a silent zero; "
                 "use it, or take it out of x (look for .detach() and torch.no_grad())."
             )
+
+    def _evaluate_lower(self) -> Tensor:
+        return evaluate(self.problem.lower, *self.arguments, name="lower")
 
     def finite(self) -> bool:
         """Whether both values and all gradients are finite."""

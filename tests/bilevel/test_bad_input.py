@@ -62,6 +62,12 @@ def test_module_captured_instead_of_passed():
     refused(problem, one, one.clone(), ValueError, "require grad", "upper", "model")
 
 
+def test_operations_without_a_second_derivative_are_named():
+    X = torch.randn(4, 3, dtype=DOUBLE)
+    problem = bilevel.Problem(upper, lambda x, y: lower(x, y) + torch.cdist(X, y[None], p=3.0).sum())
+    refused(problem, one, 0 * one, TypeError, "lower", "cdist")
+
+
 def test_aliased_variables():
     problem = bilevel.Problem(upper, lower)
     refused(problem, one, one, ValueError, "x and y share memory", "clone")
