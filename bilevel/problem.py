@@ -224,7 +224,8 @@ class Linearization:
                 )
         found = probe(graph_nodes([self.lower_graph]))  # an operation whose second derivative is missing, or wrong
         if found is not None:
-            raise refusal("lower", *found, self._evaluate_lower)  # noqa: DOC501  (an UndifferentiableError)
+            undifferentiable = refusal("lower", *found, self._evaluate_lower)
+            raise undifferentiable
         paths = leaf_paths(self.spaces.x.build(self.x_leaves), "x")
         unused = [
             path
