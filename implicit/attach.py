@@ -53,8 +53,8 @@ class _Root(torch.autograd.Function):
         with within_jvp(ctx, dots) as operands:
             residual = restrict(ctx.system.function, operands, given)
             # B theta_dot, as the transpose of s -> B's: many operations have no forward mode
-            transpose = _pulled(residual, [operands[i] for i in given])
-            (moved,) = pull(transpose, [torch.zeros_like(operands[0])], dots)
+            inputs = [operands[i] for i in given]
+            (moved,) = pull(lambda s: tuple(pull(residual, inputs, [s])), [torch.zeros_like(operands[0])], dots)
             return _solve(ctx.system, False, -moved, *operands)
 
     @staticmethod
@@ -154,10 +154,6 @@ def _scatter(values: Sequence[Tensor], positions: Sequence[int], length: int) ->
 def _given(tangents: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
     pairs = [(i, tangent) for i, tangent in enumerate(tangents) if tangent is not None]
     return [i for i, _ in pairs], [tangent for _, tangent in pairs]
-
-
-def _pulled(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda s: tuple(pull(function, inputs, [s]))
 
 
 def attach_derivative(

@@ -35,7 +35,7 @@ def fixed_point(
 
     The root of R = y - T(y, theta), so A = I - J with J = dT/dy, and the adjoint solves u = v + J'u: see `root`, which
     says how derivatives, certificates, batches and failures are handled. T need not be a contraction: I - J must be
-    nonsingular. Where it is one, `Neumann` sums the powers of J'; GMRES needs fewer products.
+    nonsingular. Where it is one and J is symmetric, `Neumann` sums the powers of J; CG needs fewer products.
 
     For y = prox(y - s f_y) and projections, J = D(I - s H) is not symmetric even where H is: not CG. A step of plain
     gradient descent has a symmetric J.

@@ -75,9 +75,16 @@ class Options:
 
         Returns:
             The solver.
+
+        Raises:
+            TypeError: for a half precision without a solver.
         """
         if self.solver is not None:
             return self.solver
-        if A.shape[-1] <= 512 and A.shape.numel() <= 2**24 and A.dtype in (torch.float32, torch.float64):
+        if A.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"y is {A.dtype}, for which there is no automatic solver; pass y.float(), or choose one such as CG()."
+            )
+        if A.shape[-1] <= 512 and A.shape.numel() <= 2**24:
             return LU()
         return CG() if A.symmetric else GMRES()

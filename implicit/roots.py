@@ -45,6 +45,9 @@ def root(
     never exceeds it; both are in y's units, so that scaling the residual changes nothing. Every linear solve must reach
     its solver's own tolerance by its measured residual. `on_failure` says what happens else.
 
+    Under torch.compile the call is a graph break: it runs as it is between compiled parts. It cannot be traced
+    (fullgraph=True, torch.func.linearize), because it looks at the residuals that it certifies.
+
     Cost: one evaluation of R with its graph and one backward pass through it to accept y; then, with a direct solver, n
     backward passes and one factorisation, shared by all derivatives at the point, or, with an iterative one, a
     backward pass a product (two for a product with A that is not symmetric).

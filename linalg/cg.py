@@ -208,7 +208,9 @@ def _extremes(coefficients: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[
         size, ratio = a[column, :steps].astype(np.float64), b[column, :steps].clip(0).astype(np.float64)
         diagonal, off = 1 / size, np.sqrt(ratio[:-1]) / size[:-1]
         diagonal[1:] += ratio[:-1] / size[:-1]
-        if np.isfinite(diagonal).all() and np.isfinite(off).all():
+        if steps == 1:
+            out[:, column] = diagonal[0]  # older SciPy refuses a matrix of one entry
+        elif np.isfinite(diagonal).all() and np.isfinite(off).all():
             for end, index in enumerate((0, steps - 1)):
                 out[end, column] = eigvalsh_tridiagonal(diagonal, off, select="i", select_range=(index, index))[0]
     low, high = out.reshape(2, *shape).to(alpha)

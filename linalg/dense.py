@@ -23,6 +23,7 @@ class Factored(Prepared):
     matrix: Tensor
     factors: tuple[Tensor, ...]
     faults: Tensor
+    strength: Tensor
 
     def solve(self, b: Tensor, x0: Tensor | None = None) -> Solution:
         """Solve A x = b by the kept factors; x0 is not needed and not used."""
@@ -63,12 +64,11 @@ class _Direct(LinearSolver):
         self._check_operator(A)
         with torch.no_grad():
             matrix = A.to_dense().detach()
-            factors, faults = self._factorise(matrix)
-        return Factored(self, A, matrix, factors, faults)
+            return Factored(self, A, matrix, *self._factorise(matrix))
 
     @abstractmethod
-    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The factors, and a code for each matrix."""
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The factors, and for each matrix a code and the strength of its weakest pivot."""
 
     @abstractmethod
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
@@ -99,6 +99,9 @@ class _Direct(LinearSolver):
         x = torch.where(zero[..., None], 0, x)
         error = torch.where(zero, 0, error)
         codes = torch.where(error <= tolerance, Status.CONVERGED.code, Status.STAGNATED.code)
+        # a weak pivot is no proof of a singular matrix, but a residual that it spoiled is
+        spoiled = (f.strength.expand(error.shape) <= 100) & (codes == Status.STAGNATED.code)
+        codes = torch.where(spoiled, Status.SINGULAR.code, codes)
         codes = torch.where(torch.isfinite(error), codes, Status.NON_FINITE.code)
         named = ~ok & ~(zero & (faults != Status.NON_FINITE.code))
         codes = torch.where(named, faults, codes)
@@ -118,11 +121,18 @@ class _Direct(LinearSolver):
         return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
 
 
-def _conditioned(pivots: Tensor, sizes: Tensor, matrix: Tensor) -> Tensor:
-    """Codes: SINGULAR where a pivot is at the rounding level of its summands, NON_FINITE where the matrix is."""
-    # Comparing a pivot with its own row and column, not with the largest pivot, makes this independent of scaling.
-    singular = (pivots.abs() <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * sizes).any(-1)
-    codes = torch.where(singular, Status.SINGULAR.code, Status.RUNNING.code)
+def _strength(pivots: Tensor, summands: Tensor) -> Tensor:
+    """The weakest pivot of each matrix, in units of the rounding of what it was summed from; infinite for n = 0."""
+    # Comparing a pivot with its own summands, not with the largest pivot, makes this independent of scaling.
+    n = pivots.shape[-1]
+    if not n:
+        return pivots.new_full(pivots.shape[:-1], torch.inf)
+    return (pivots.abs() / (n * torch.finfo(pivots.dtype).eps * summands)).nan_to_num(0.0).amin(-1)
+
+
+def _faults(matrix: Tensor, strength: Tensor) -> Tensor:
+    """Codes: SINGULAR where a pivot is nothing but rounding, NON_FINITE where the matrix is."""
+    codes = torch.where(strength <= 1, Status.SINGULAR.code, Status.RUNNING.code)
     return torch.where(torch.isfinite(matrix).all(-1).all(-1), codes, Status.NON_FINITE.code)
 
 
@@ -148,19 +158,20 @@ class Cholesky(_Direct):
 
     needs_symmetric: ClassVar[bool] = True
 
-    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         # LAPACK refuses NaN by an exception on some builds: factorise the identity in its place, the code tells
         finite = torch.isfinite(matrix).all(-1).all(-1)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], matrix, eye))
-        codes = _conditioned(L.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).abs(), matrix)
+        strength = _strength(L.diagonal(dim1=-2, dim2=-1).square(), L.square().sum(-1))
+        codes = _faults(matrix, strength)
         if bool(((info > 0) & finite).any()):
             lowest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrix, eye))
             scale = lowest.abs().amax(-1)
             negative = lowest[..., 0] < -10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale
             fault = torch.where(negative, Status.NEGATIVE_CURVATURE.code, Status.SINGULAR.code)
             codes = torch.where((info > 0) & finite, fault, codes)
-        return (L,), codes
+        return (L,), codes, strength
 
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
         return torch.cholesky_solve(b, factors[0])
@@ -186,17 +197,13 @@ class LU(_Direct):
         tensor([3., 1.])
     """
 
-    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         finite = torch.isfinite(matrix).all(-1).all(-1)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, eye))
-        if not matrix.shape[-1]:
-            diagonal = matrix.diagonal(dim1=-2, dim2=-1)  # nothing to index
-            return (factors, pivots), _conditioned(diagonal, diagonal, matrix)
-        order, _, _ = torch.lu_unpack(factors, pivots, unpack_data=False)
-        rows = (order.mT @ matrix.abs().amax(-1, keepdim=True))[..., 0]
-        sizes = torch.minimum(rows, matrix.abs().amax(-2))
-        return (factors, pivots), _conditioned(factors.diagonal(dim1=-2, dim2=-1), sizes, matrix)
+        _, L, U = torch.lu_unpack(factors, pivots, unpack_pivots=False)
+        strength = _strength(U.diagonal(dim1=-2, dim2=-1), (L.abs() * U.mT.abs()).sum(-1))
+        return (factors, pivots), _faults(matrix, strength), strength
 
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
         x: Tensor = torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)

@@ -163,6 +163,25 @@ def test_float32_in_float32_out(solver):
     assert torch.allclose(g.double(), exact, atol=1e-5)
 
 
+def test_half_precision_by_a_solver_that_can():
+    a = torch.tensor([4.0, 9.0], dtype=torch.bfloat16, requires_grad=True)
+    y = implicit.root(square, a.detach().sqrt(), a, solver=CG(), symmetric=True)
+    (found,) = torch.autograd.grad(y.sum(), a)
+    assert found.dtype == torch.bfloat16
+    assert found.tolist() == pytest.approx([1 / 4, 1 / 6], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("solver", "symmetric"), [(LU(), False), (GMRES(), False), (CG(), True)])
+def test_the_device_is_kept(solver, symmetric):
+    a = torch.tensor([4.0, 9.0], dtype=D, device="cuda", requires_grad=True)
+    y = implicit.root(square, a.detach().sqrt(), a, solver=solver, symmetric=symmetric, batch_dims=1)
+    (found,) = torch.autograd.grad(y.sum(), a, create_graph=True)
+    assert y.device == found.device == a.device
+    assert found.tolist() == pytest.approx([1 / 4, 1 / 6], abs=1e-12)
+    assert torch.autograd.grad(found.sum(), a)[0].tolist() == pytest.approx([-1 / 32, -1 / 108], abs=1e-12)
+
+
 def test_no_grad_and_inference_mode_certify_and_attach_nothing():
     a = number(4.0, requires_grad=True)
     for mode in (torch.no_grad(), torch.inference_mode()):
@@ -213,6 +232,7 @@ BAD = {
     "negative tolerance": (lambda: implicit.root(square, Y, A, rtol=-1.0), "rtol must be"),
     "too many batch_dims": (lambda: implicit.root(square, Y, A, batch_dims=1), "must begin with the same 1"),
     "negative batch_dims": (lambda: implicit.root(square, Y, A, batch_dims=-1), "batch_dims must be"),
+    "half precision": (lambda: implicit.root(square, Y.bfloat16(), A.bfloat16()), "no automatic solver"),
     "unused argument": (lambda: implicit.root(lambda y, a, b: y * y - a, Y, A, A * 2), r"no path from theta\[1\]"),
     "detached argument": (lambda: implicit.root(lambda y, a: y * y - a.detach(), Y, A), r"no path from theta\[0\]"),
 }
