@@ -121,10 +121,9 @@ class ProgressBar(Callback):
         self._bar.update(int(state.iterations) - self._bar.n)
 
     def finish(self, state: Any) -> None:
-        """Write the status and close the bar."""
-        self._bar.set_postfix(
-            value=f"{float(state.value):.6g}", error=f"{float(state.error):.1e}", status=state.status.name
-        )
+        """Write the status in the bar's place and close it."""
+        self._bar.bar_format = f"{{desc}}: {state.status.name} after {{n_fmt}} steps in {{elapsed}}{{postfix}}"
+        self._bar.set_postfix(value=f"{float(state.value):.6g}", error=f"{float(state.error):.1e}")
         self._bar.close()
 
 

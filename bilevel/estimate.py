@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestopt.linalg import CG, LinearSolver, Result, Solution, Status
+from nestopt.linalg.result import all_finite
 
 from .certificate import Certificate, Constants, certify
 from .problem import Linearization, Problem, Spaces
@@ -120,7 +121,7 @@ def hypergradient(
     start = None if adjoint is None else spaces.y.flatten(adjoint).detach()
     value, solution = solve_adjoint(point, CG() if linear_solver is None else linear_solver, start)
     certified = None
-    if certificate and point.finite() and bool(torch.isfinite(solution.x).all()):
+    if certificate and point.finite() and all_finite(solution.x):
         effort = max(30, 2 * int(solution.iterations))
         residual = float(solution.residual_norm)
         certified = certify(point, solution.x, residual, strong_convexity, constants, effort=effort)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nestopt.implicit import Minimizer
 from nestopt.linalg import LinearSolver, Status
+from nestopt.linalg.result import all_finite
 
 from .estimate import solve_adjoint
 from .method import Counts
@@ -136,7 +136,7 @@ class LowerLevel:
         status = solution.status
         assert isinstance(status, Status)
         fault = status if status in _FATAL else None
-        if fault is None and not bool(torch.isfinite(value).all()):
+        if fault is None and not all_finite(value):
             fault = Status.NON_FINITE
         return Evaluation(
             e.x, e.y, e.value, e.lower_residual, None, e.counts + Counts(products=solution.products + 1), fault,

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nestopt.constrained import Set, project
 from nestopt.linalg import LinearOperator
 from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, reached_leaves
 from nestopt.linalg.guard import describe_captured, graph_nodes, probe, refusal
+from nestopt.linalg.result import all_finite
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
 __all__ = ["Linearization", "Problem", "Spaces"]
@@ -244,4 +244,4 @@ class Linearization:
     def finite(self) -> bool:
         """Whether both values and all gradients are finite."""
         parts = (self.upper, self.lower, self.upper_x, self.upper_y, self.lower_y)
-        return all(bool(torch.isfinite(part).all()) for part in parts)
+        return all(all_finite(part) for part in parts)

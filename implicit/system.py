@@ -14,7 +14,7 @@ from nestopt.linalg import Prepared, Solution
 from nestopt.linalg.autodiff import reached_leaves
 from nestopt.linalg.dense import Factored
 from nestopt.linalg.guard import closure_tensors, describe_captured
-from nestopt.linalg.result import Result, Status, scalar_or_tensor
+from nestopt.linalg.result import Result, Status, all_finite, scalar_or_tensor
 
 from .border import Border, Operands
 from .jacobian import SystemJacobian
@@ -195,7 +195,7 @@ class System:
         if self.differentiated and point.factored:  # which the derivative will need: the Newton step is at hand
             newton = point.prepared.solve(r)
             step, spent = A.norm(newton.x), newton.products
-            if bool(torch.isfinite(step).all()):
+            if all_finite(step):
                 return step, spent
         # a lower bound of it by Cauchy-Schwarz: R'R = (A'R)' A^{-1} R <= |A'R| |A^{-1} R|
         bound = torch.where(size == 0, 0, size * (size / A.norm(A._rmatvec(r))))
