@@ -38,6 +38,7 @@ class Problem:
         TypeError: if upper or lower is not callable.
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y: ((y - 1) ** 2).sum() + 0.1 * (x**2).sum(), lower=lambda x, y: ((y - x) ** 2).sum()
