@@ -1,7 +1,7 @@
 """What a Hessian product costs, in gradients: kept graph, fresh graph, forward over reverse, and blocks of 16.
 
     python benchmarks/products.py                        all models, writes benchmarks/results/products.json
-    python benchmarks/products.py --quick --output /tmp/products.json
+    python benchmarks/products.py --quick --output products.json
     python benchmarks/products.py --device cuda
 
 Every product is timed in turn with its own gradient (evaluation and backward pass), within one run, so that a busy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestopt.implicit import Minimizer, NewtonCG
-from nestopt.linalg import CG, Status, Stopping
+from nestopt.linalg import CG, Recycled, Status, Stopping
 
 from .aid import upper_tolerance
 from .evaluation import Evaluation, LowerLevel
@@ -109,7 +109,8 @@ class HOAG(Method):
         schedule: eps_k; Geometric(0.9), Polynomial(2) and Polynomial(3) are the paper's.
         lipschitz: first L; None for a first step of length 0.1 max(1, |x|).
         lower_solver: must reach the tolerance that it is given: NewtonCG() or LBFGS().
-        linear_solver: CG; its rtol and atol are replaced by eps_k and a tenth of the run's tolerance.
+        linear_solver: CG, or Recycled(CG()), which remembers from step to step; its rtol and atol are replaced by
+            eps_k and a tenth of the run's tolerance.
         stopping: rtol None is 1e-9 in float64 and 1e-4 in float32.
 
     Reference:
@@ -128,7 +129,7 @@ class HOAG(Method):
     schedule: ToleranceSchedule = Geometric()
     lipschitz: float | None = None
     lower_solver: Minimizer = NewtonCG()
-    linear_solver: CG = CG()
+    linear_solver: CG | Recycled = CG()
     stopping: Stopping = Stopping(rtol=None, max_iter=500)
 
     State: ClassVar[type[MethodState]] = HOAGState

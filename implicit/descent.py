@@ -7,24 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nestopt.linalg import Status
 
-from .minimizer import (
-    ARMIJO,
-    Minimizer,
-    MinimizerState,
-    Objective,
-    Point,
-    Trial,
-    first_length,
-    shorter_step,
-    stuck,
-)  # fmt: skip
+from .line_search import MEMORY, nonmonotone_search, spectral_size
+from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
 __all__ = ["DescentState", "GradientDescent"]
-
-_MEMORY = 10  # accepted values that a spectral step is compared with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +81,8 @@ class GradientDescent(Minimizer):
                 f"GradientDescent: step_size must be positive and finite, but got {self.step_size}; None chooses it."
             )
 
-    def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:
-        point = f.differentiate(trial)
+    def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
+        point = f.differentiate(f.evaluate(y))
         if self.step_size is not None:
             size = self.step_size
         elif isinstance(previous, DescentState):
@@ -113,22 +103,10 @@ class GradientDescent(Minimizer):
         return new.end(Status.DIVERGED) if bool(grown) and point.value > s.first_value else new
 
     def _spectral(self, f: Objective, s: DescentState) -> Any:
-        g, slope, size = s.point.gradient, -(float(s.error) ** 2), s.size
-        slack = s.point.flat if -size * slope <= 10 * s.point.flat else 0.0  # f cannot judge a promise below rounding
-        reference = max(s.values)
-        for _ in range(40):
-            trial = f.evaluate(s.point.y - size * g)
-            if trial.value - reference <= ARMIJO * size * slope + slack:
-                break
-            size = shorter_step(size, slope, trial.value - s.point.value)
-        else:
-            return s.end(stuck(s.point, s.size * float(s.error), -s.size * slope))
-        point = f.differentiate(trial)
-        step, change = point.y - s.point.y, point.gradient - g
-        ss, sd, dd = (float(torch.dot(a, b)) for a, b in ((step, step), (step, change), (change, change)))
-        if sd > 0:
-            long, short = ss / sd, sd / dd
-            size = short if short < 0.5 * long else long
-        else:
-            size = 10 * size
-        return replace(s, point=point, size=size, values=(*s.values, point.value)[-_MEMORY:])
+        slope = -s.size * float(s.error) ** 2
+        found = nonmonotone_search(f, s.point, -s.size * s.point.gradient, slope, max(s.values))
+        if found is None:
+            return s.end(stuck(s.point, s.size * float(s.error), -slope))
+        point = f.differentiate(found[0])
+        size = spectral_size(point.y - s.point.y, point.gradient - s.point.gradient, found[1] * s.size)
+        return replace(s, point=point, size=size, values=(*s.values, point.value)[-MEMORY:])

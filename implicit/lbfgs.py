@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .minimizer import Minimizer, MinimizerState, Objective, Point, Trial, first_length, stuck
+from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
 __all__ = ["LBFGS", "LBFGSState"]
 
@@ -76,8 +76,8 @@ class LBFGS(Minimizer):
         if not isinstance(self.history_size, int) or self.history_size < 1:
             raise ValueError(f"LBFGS: history_size must be an integer >= 1, but got {self.history_size!r}.")
 
-    def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:
-        point = f.differentiate(trial)
+    def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
+        point = f.differentiate(f.evaluate(y))
         if not (isinstance(previous, LBFGSState) and previous.memory.get("old_stps")):
             return point, {"memory": {}, "unit": float(point.error) if point.error > 0 else 1.0}
         # the objective may have changed: a gradient difference across the change would be no curvature
@@ -107,7 +107,7 @@ class LBFGS(Minimizer):
             trials.append(f.differentiate(f.evaluate(p.detach() / stretch)) if trials else start)
             point = trials[-1]
             p.grad = point.gradient / s.unit if point.finite else torch.full_like(p, math.nan)
-            rise = stretch / s.unit * _rise(start, point) if point.finite else math.inf
+            rise = stretch / s.unit * start.rise(point) if point.finite else math.inf
             return torch.tensor(rise, dtype=torch.float64)
 
         # torch scales the very first step by min(1, 1 / |grad|_1), which is undone here
@@ -126,12 +126,6 @@ class LBFGS(Minimizer):
             taken = start  # the slopes fall where f rises: they are not f's, and rounding only hides it in a short step
         tried = trials[1].y - start.y if len(trials) > 1 else torch.zeros_like(y)
         return taken, dict(optimizer.state[p]), float(torch.linalg.vector_norm(tried))
-
-
-def _rise(a: Point, b: Point) -> float:
-    """f(b) - f(a); where that is at the rounding level, from the gradients."""
-    rise = b.value - a.value
-    return rise if abs(rise) > a.flat else a.trapezoid(b)
 
 
 def _copied(memory: dict[str, Any]) -> dict[str, Any]:

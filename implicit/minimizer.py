@@ -66,6 +66,11 @@ class Point:
         """f(other) - f(self) by the trapezoidal rule along the slopes: exact to the order |other - self|^3."""
         return 0.5 * float(torch.dot(self.gradient + other.gradient, other.y - self.y))
 
+    def rise(self, other: Point) -> float:
+        """f(other) - f(self); where that is at the rounding level, from the slopes."""
+        rise = other.value - self.value
+        return rise if abs(rise) > self.flat else self.trapezoid(other)
+
     def overflows_downhill(self, other: Point) -> bool:
         """Whether f has fallen from here to where it, or its gradient, is too large for the dtype: unbounded below."""
         return other.value == -math.inf or (other.value < self.value and bool(torch.isinf(other.error)))
@@ -259,7 +264,7 @@ class Minimizer(ABC):
         ravel = Ravel.of(y0, "y0") if previous is None else previous.ravel
         y = ravel.flatten(y0).detach().clone() if previous is None else previous.point.y
         f = Objective(objective, ravel)
-        point, memory = self._start(f, f.evaluate(y), previous)
+        point, memory = self._start(f, y, previous)
         rtol = default_rtol(y.dtype) if self.rtol is None else self.rtol
         limit = (rtol * point.error).clamp_min(self.atol) if tolerance is None else point.error.new_tensor(tolerance)
         zero = torch.zeros_like(point.error, dtype=torch.int64)
@@ -292,7 +297,7 @@ class Minimizer(ABC):
         return new if new.point is state.point else _judge(state, new, self.patience)
 
     @abstractmethod
-    def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:
+    def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
         """The evaluated starting point, and the fields that the method's state adds to MinimizerState."""
 
     @abstractmethod

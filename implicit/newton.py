@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -11,9 +10,12 @@ from torch import Tensor
 
 from nestopt.linalg import CG, LinearOperator, Status
 
-from .minimizer import ARMIJO, Minimizer, MinimizerState, Objective, Point, Trial, shorter_step, stuck
+from .line_search import leave_saddle, search
+from .minimizer import Minimizer, MinimizerState, Objective, Point, stuck
 
 __all__ = ["NewtonCG", "NewtonState"]
+
+_FORCING = 0.1  # the loosest relative residual of a Newton system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,10 @@ class NewtonState(MinimizerState):
 
     Attributes:
         hessian: at the newest point, along the graph of its gradient; None in a state that a result holds.
+        forcing: relative residual to which the next Newton system is solved.
     """
 
+    forcing: float
     hessian: LinearOperator | None = field(default=None, repr=False)
 
 
@@ -31,14 +35,17 @@ class NewtonState(MinimizerState):
 class NewtonCG(Minimizer):
     """Minimise f(y) by Newton steps, H d = -grad f solved by CG only as far as it pays.
 
-    The gradient's graph is kept for the step, so a product H v is one backward pass. CG stops at
-    |H d + g| <= min(1/2, sqrt(|g| / |g0|)) |g| (at a tenth of the tolerance, if that is larger), which makes the
-    convergence superlinear. Where it meets curvature <= 0 along p, its iterate is followed by a step |g'p| / |p'Hp| p,
-    doubled as long as f falls, which leaves saddles fast. Of the step t d, t = 1 is tried first, and f has to fall by
+    The gradient's graph is kept for the step, so a product H v is one backward pass. CG stops at |H d + g| <= eta |g|
+    with eta = min(0.1, 0.9 (|g| / |g_old|)^2), Eisenstat & Walker's choice 2, or at a tenth of the tolerance, if that
+    is larger: quadratic convergence without solving far from the answer what its quadratic model cannot foresee. Each
+    system starts from zero, because only then is every iterate of CG a direction of descent. Where CG meets
+    curvature <= 0 along p, its iterate is followed by a step |g'p| / |p'Hp| p, doubled as long as f falls, which leaves
+    saddles fast. Of the step t d, t = 1 is tried first, and f has to fall by
     1e-4 t |g'd|; where rounding hides the change of f it is computed from the slopes at both ends (approximate Wolfe).
 
     CONVERGED means |grad| <= max(rtol |grad(y0)|, atol), measured at x. When neither f nor |grad| can fall further the
-    run ends as STAGNATED, where the slope still promises more, as LINE_SEARCH_FAILED; f unbounded below is DIVERGED.
+    run ends as STAGNATED, where the slope still promises more, as LINE_SEARCH_FAILED. DIVERGED means that f is
+    unbounded below, as far as the dtype can tell: give it a penalty, or its variable a bound.
 
     Cost of a step: one gradient with a graph, a value for each t, and the products of CG, one more than its steps.
 
@@ -53,7 +60,8 @@ class NewtonCG(Minimizer):
         ValueError: for a negative tolerance or limit.
 
     Reference:
-        Dembo & Steihaug 1983; Nocedal & Wright 2006, algorithm 7.1; Hager & Zhang 2005 for the rounding level.
+        Eisenstat & Walker 1996, Choosing the forcing terms in an inexact Newton method, equation 2.6; Dembo & Steihaug
+        1983; Nocedal & Wright 2006, algorithm 7.1; Hager & Zhang 2005 for the rounding level.
 
     Example:
         >>> res = NewtonCG()(lambda y: (y.exp() - 2 * y).sum(), torch.zeros(2, dtype=torch.float64))
@@ -73,9 +81,9 @@ class NewtonCG(Minimizer):
         if not isinstance(self.cg_max_iter, int) or self.cg_max_iter < 1:
             raise ValueError(f"NewtonCG: cg_max_iter must be an integer >= 1, but got {self.cg_max_iter!r}.")
 
-    def _start(self, f: Objective, trial: Trial, previous: Any) -> tuple[Point, dict[str, Any]]:
-        point, hessian = f.linearize(trial)
-        return point, {"hessian": hessian}
+    def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
+        point, hessian = f.linearize(f.evaluate(y))
+        return point, {"hessian": hessian, "forcing": _FORCING}
 
     def _release(self, s: NewtonState) -> NewtonState:
         return replace(s, hessian=None)
@@ -84,51 +92,17 @@ class NewtonCG(Minimizer):
         size = float(s.error)
         hessian = f.linearize(f.evaluate(s.point.y))[1] if s.hessian is None else s.hessian
         down = s.point.gradient / -size  # of unit length, so that no square in CG underflows
-        forcing = min(0.5, math.sqrt(size / float(s.scale)))
-        solution = CG(forcing, 0.1 * float(s.tolerance) / size, self.cg_max_iter, self.preconditioner)(hessian, down)
+        solution = CG(s.forcing, 0.1 * float(s.tolerance) / size, self.cg_max_iter, self.preconditioner)(hessian, down)
         f.products += solution.products
         d = size * solution.x
         if solution.direction is not None:
-            d = _leave(f, s.point, hessian, d, solution.direction, down)
+            d = leave_saddle(f, s.point, hessian, d, solution.direction)
         slope = -size * float(torch.dot(d, down))
         if not slope < 0:  # CG came to nothing: a product was not finite, or the preconditioner is not definite
             return s.end(Status.NON_FINITE if solution.status == Status.NON_FINITE else Status.BREAKDOWN)
-        taken = _search(f, s.point, d, slope)
+        taken = search(f, s.point, d, slope)
         if taken is None:
             return s.end(stuck(s.point, float(torch.linalg.vector_norm(d)), -slope))
-        return replace(s, point=taken[0], hessian=taken[1])
-
-
-def _leave(f: Objective, point: Point, hessian: LinearOperator, d: Tensor, p: Tensor, down: Tensor) -> Tensor:
-    """The step d of CG and, from there, along the direction p of curvature <= 0 as far as doubled steps lower f."""
-    f.products += 1
-    bend = abs(float(torch.dot(p, hessian @ p)))
-    limit = max(1.0, float(torch.linalg.vector_norm(point.y))) / float(torch.linalg.vector_norm(p))
-    newton = float(point.error * torch.dot(p, down)) / bend if bend > 0 else limit  # as if the curvature were |p'Hp|
-    step = min(newton, limit) * p
-    moving = bool(d.any())
-    value = f.evaluate(point.y + d).value if moving else point.value
-    for _ in range(20):
-        trial = f.evaluate(point.y + d + step)
-        if not trial.value < value:
-            break
-        d, step, value, moving = d + step, 2 * step, trial.value, True
-    return d if moving else step
-
-
-def _search(f: Objective, point: Point, d: Tensor, slope: float) -> tuple[Point, LinearOperator] | None:
-    """The point y + t d that is taken, with its Hessian; None when there is none."""
-    t = 1.0
-    for _ in range(40):
-        trial = f.evaluate(point.y + t * d)
-        rise = trial.value - point.value
-        if rise <= ARMIJO * t * slope and -rise > point.flat:
-            return f.linearize(trial)
-        if abs(rise) <= point.flat and -slope <= 10 * point.flat:  # rounding: the slopes at both ends judge
-            new = f.linearize(trial)
-            if point.trapezoid(new[0]) <= ARMIJO * t * slope:
-                return new
-        if -t * slope <= point.flat:
-            return None
-        t = shorter_step(t, slope, rise)
-    return None
+        # their safeguard eta >= 0.9 eta_old^2 is for forcings above 1/3: below 0.1 it never binds
+        forcing = min(_FORCING, 0.9 * (float(taken[0].error) / size) ** 2)
+        return replace(s, point=taken[0], hessian=taken[1], forcing=forcing)

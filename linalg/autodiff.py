@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chunks import Blocks, ChunkSize, check_chunk_size
 from .guard import graph_nodes, unbatchable
 from .isolation import isolated
 from .operator import LinearOperator
@@ -131,66 +131,6 @@ def captured_leaves(value: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in reached_leaves(value) if id(leaf) not in ours]
 
 
-@dataclass
-class Blocks:
-    """How products with many vectors are formed: one at a time, or a chunk in one vmapped pass.
-
-    Args:
-        chunk_size: vectors a pass; peak memory grows with it. None for one at a time.
-        looped: why chunks cannot be vmapped (an operation has no rule for it): then every product is formed one at a
-            time, which gives the same numbers. None while chunks work.
-
-    Raises:
-        ValueError: if chunk_size is not a positive integer.
-    """
-
-    chunk_size: int | None = None
-    looped: str | None = None
-
-    def __post_init__(self) -> None:
-        check_chunk_size("Blocks", self.chunk_size)
-
-    def apply(self, product: Callable[[Tensor, bool], Tensor], v: Tensor, size: int) -> Tensor:
-        """The products with every vector.
-
-        Args:
-            product: (vector, False) -> vector, or (vectors of shape (k, n), True) -> vectors.
-            v: shape (..., n).
-            size: of the results.
-
-        Returns:
-            Shape (..., size).
-
-        Raises:
-            torch.OutOfMemoryError: if a chunk is too large.
-        """
-        if v.ndim == 1:
-            return product(v, False)
-        rows = v.reshape(-1, v.shape[-1])
-        out = rows.new_empty(rows.shape[0], size)
-        if self.chunk_size is not None and self.looped is None:
-            try:
-                for start in range(0, len(rows), self.chunk_size):
-                    part = slice(start, start + self.chunk_size)
-                    out[part] = product(rows[part], True)
-                return out.reshape(*v.shape[:-1], size)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.looped = str(error)
-        for i, row in enumerate(rows):
-            out[i] = product(row, False)
-        return out.reshape(*v.shape[:-1], size)
-
-
-def check_chunk_size(owner: str, chunk_size: int | None) -> None:
-    """Refuse chunks that no block can mean."""
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(
-            f"{owner}: chunk_size must be a positive integer or None, but got {chunk_size!r}; use e.g. chunk_size=16."
-        )
-
-
 class GraphOperator(LinearOperator):
     """The Jacobian of outputs with respect to inputs along a graph that is kept: one backward pass a product.
 
@@ -205,8 +145,8 @@ class GraphOperator(LinearOperator):
         into: ravel of the inputs.
         symmetric: promise that the outputs are a gradient with respect to the inputs.
         definite: see LinearOperator.
-        chunk_size: vectors of a block in one vmapped backward pass; None for one pass a vector, which is as fast for
-            all but tiny models.
+        chunk_size: vectors of a block in one vmapped backward pass, or AutoChunk(); None for one pass a vector, which
+            is as fast for all but tiny models.
     """
 
     def __init__(
@@ -218,39 +158,60 @@ class GraphOperator(LinearOperator):
         *,
         symmetric: bool = False,
         definite: bool | None = None,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
     ) -> None:
         super().__init__((out.size, into.size), into.dtype, into.device, symmetric=symmetric, definite=definite)
         self.outputs, self.inputs, self.out, self.into = list(outputs), list(inputs), out, into
-        self.blocks = Blocks(chunk_size, None if chunk_size is None else unbatchable(self.outputs))
+        looped = None if chunk_size is None else unbatchable(self.outputs)
+        self.blocks, self.forward_blocks = Blocks(chunk_size, looped), Blocks(chunk_size, looped)
         self._dual: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def share(self, blocks: tuple[Blocks, ...] | None) -> tuple[Blocks, ...]:
+        """Use the Blocks of another operator of this kind: those of products with A' and those with A.
+
+        Args:
+            blocks: them, or None to keep one's own.
+
+        Returns:
+            Those in use.
+        """
+        if blocks is not None:
+            self.blocks, self.forward_blocks = (
+                other.joined(own) for other, own in zip(blocks, (self.blocks, self.forward_blocks), strict=True)
+            )
+        return self.blocks, self.forward_blocks
 
     def _rmatvec(self, v: Tensor) -> Tensor:
         return self.blocks.apply(self._backward, v, self.into.size)
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return self.blocks.apply(self._backward if self.symmetric else self._forward, v, self.out.size)
+        if self.symmetric:
+            return self.blocks.apply(self._backward, v, self.out.size)
+        if self._dual is None:
+            self._dual = self._make_dual()
+        return self.forward_blocks.apply(self._forward, v, self.out.size)
 
     def _backward(self, v: Tensor, batched: bool) -> Tensor:
         return self.into.join(products(self.outputs, self.inputs, self.out.split(v), batched=batched))
 
+    def _make_dual(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The graph of u -> A'u and its input: that map is linear, and its own vjp is A."""
+        with torch.enable_grad():
+            u = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
+            live = [(output, w) for output, w in zip(self.outputs, u, strict=True) if output.requires_grad]
+            if not live:
+                return [torch.zeros_like(leaf) for leaf in self.inputs], u
+            dual = torch.autograd.grad(
+                [output for output, _ in live],
+                self.inputs,
+                [w for _, w in live],
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return list(dual), u
+
     def _forward(self, v: Tensor, batched: bool) -> Tensor:
-        if self._dual is None:  # u -> A'u is linear: its own vjp is A
-            with torch.enable_grad():
-                u = [torch.zeros_like(output, requires_grad=True) for output in self.outputs]
-                live = [(output, w) for output, w in zip(self.outputs, u, strict=True) if output.requires_grad]
-                dual = [torch.zeros_like(leaf) for leaf in self.inputs]
-                if live:
-                    dual = list(
-                        torch.autograd.grad(
-                            [output for output, _ in live],
-                            self.inputs,
-                            [w for _, w in live],
-                            create_graph=True,
-                            allow_unused=True,
-                            materialize_grads=True,
-                        )
-                    )
-            self._dual = dual, u
+        assert self._dual is not None
         dual, u = self._dual
         return self.out.join(products(dual, u, self.into.split(v), batched=batched))

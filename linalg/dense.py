@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from .operator import LinearOperator
 from .result import Status, any_of, check_stopping, scalar_or_tensor
 from .solver import LinearSolver, Prepared, Solution, default_rtol, measure
 
-__all__ = ["LU", "Cholesky"]
+__all__ = ["LU", "Cholesky", "Direct", "Factored", "by_columns", "faults_of"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Factored(Prepared):
 
 
 @dataclass(frozen=True)
-class _Direct(LinearSolver):
+class Direct(LinearSolver):
+    """A solver that factorises the materialised matrix; it writes `_factorise` and `_back`."""
+
     rtol: float | None = None
     atol: float = 0.0
     refinements: int = 2
@@ -114,11 +117,24 @@ class _Direct(LinearSolver):
         )  # fmt: skip
 
     def _columns(self, f: Factored, b: Tensor, transposed: bool) -> Tensor:
-        batch = f.operator.batch_shape
-        sides = b.ndim - 1 - len(batch)
-        columns = b.reshape(-1, *batch, b.shape[-1]).movedim(0, -1) if sides else b[..., None]
-        x = self._back(f.factors, columns, transposed)
-        return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
+        return by_columns(lambda columns: self._back(f.factors, columns, transposed), b, f.operator.batch_shape)
+
+
+def by_columns(solve: Callable[[Tensor], Tensor], b: Tensor, batch: torch.Size) -> Tensor:
+    """Hand many right-hand sides to `solve` as the columns of one matrix a system.
+
+    Args:
+        solve: maps (*batch, n, columns) to the same shape.
+        b: shape (*sides, *batch, n).
+        batch: of systems.
+
+    Returns:
+        The solution, of b's shape.
+    """
+    sides = b.ndim - 1 - len(batch)
+    columns = b.reshape(-1, *batch, b.shape[-1]).movedim(0, -1) if sides else b[..., None]
+    x = solve(columns)
+    return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
 
 
 def _strength(pivots: Tensor, summands: Tensor) -> Tensor:
@@ -130,14 +146,14 @@ def _strength(pivots: Tensor, summands: Tensor) -> Tensor:
     return (pivots.abs() / (n * torch.finfo(pivots.dtype).eps * summands)).nan_to_num(0.0).amin(-1)
 
 
-def _faults(matrix: Tensor, strength: Tensor) -> Tensor:
+def faults_of(matrix: Tensor, strength: Tensor) -> Tensor:
     """Codes: SINGULAR where a pivot is nothing but rounding, NON_FINITE where the matrix is."""
     codes = torch.where(strength <= 1, Status.SINGULAR.code, Status.RUNNING.code)
     return torch.where(torch.isfinite(matrix).all(-1).all(-1), codes, Status.NON_FINITE.code)
 
 
 @dataclass(frozen=True)
-class Cholesky(_Direct):
+class Cholesky(Direct):
     """Solve A x = b for symmetric positive definite A by its Cholesky factor.
 
     CONVERGED means |b - A x| <= max(rtol |b|, atol), measured, after at most `refinements` steps of iterative
@@ -164,7 +180,7 @@ class Cholesky(_Direct):
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         L, info = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], matrix, eye))
         strength = _strength(L.diagonal(dim1=-2, dim2=-1).square(), L.square().sum(-1))
-        codes = _faults(matrix, strength)
+        codes = faults_of(matrix, strength)
         if bool(((info > 0) & finite).any()):
             lowest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrix, eye))
             scale = lowest.abs().amax(-1)
@@ -178,7 +194,7 @@ class Cholesky(_Direct):
 
 
 @dataclass(frozen=True)
-class LU(_Direct):
+class LU(Direct):
     """Solve A x = b for any square A by LU with partial pivoting.
 
     CONVERGED means |b - A x| <= max(rtol |b|, atol), measured, after at most `refinements` steps of iterative
@@ -203,7 +219,7 @@ class LU(_Direct):
         factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, eye))
         _, L, U = torch.lu_unpack(factors, pivots, unpack_pivots=False)
         strength = _strength(U.diagonal(dim1=-2, dim2=-1), (L.abs() * U.mT.abs()).sum(-1))
-        return (factors, pivots), _faults(matrix, strength), strength
+        return (factors, pivots), faults_of(matrix, strength), strength
 
     def _back(self, factors: tuple[Tensor, ...], b: Tensor, transposed: bool) -> Tensor:
         x: Tensor = torch.linalg.lu_solve(factors[0], factors[1], b, adjoint=transposed)

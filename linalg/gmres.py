@@ -20,11 +20,12 @@ __all__ = ["GMRES"]
 class GMRESState(KrylovState):
     """Where a run of GMRES stands: x is that of the last restart, error the residual norm after the steps since then.
 
-    The four arrays are filled in place, so only the last state of a run can go on. All columns stand at the same place
+    The five arrays are filled in place, so only the last state of a run can go on. All columns stand at the same place
     of their cycle; one that restarts on its own has zeros before it.
     """
 
     V: Tensor = field(repr=False)  # (restart + 1, *columns, n), orthonormal rows
+    Z: Tensor = field(repr=False)  # (restart, *columns, n), what the preconditioner made of them; V's own rows without
     R: Tensor = field(repr=False)  # (*columns, restart, restart), the rotated Hessenberg matrix: upper triangular
     Q: Tensor = field(repr=False)  # (*columns, restart + 1, restart + 1), the product of the rotations
     g: Tensor = field(repr=False)  # (*columns, restart), the rotated right-hand side
@@ -37,29 +38,34 @@ class GMRESState(KrylovState):
 class GMRES(Krylov[GMRESState]):
     """Solve A x = b for any square A, symmetric or not, one product with A a step and none with its transpose.
 
-    Arnoldi's process, preconditioned from the right (A M u = r, x = x + M u), with classical Gram-Schmidt done twice
-    and Givens rotations, minimises |b - A x| over the Krylov space; after `restart` steps it begins anew from the true
+    Arnoldi's process, preconditioned from the right (A z_j with z_j = M v_j, x = x + sum_j y_j z_j), with classical
+    Gram-Schmidt done twice and Givens rotations, minimises |b - A x| over the space of the z_j; after `restart` steps
+    it begins anew from the true residual. The z_j are kept (flexible GMRES), so that the preconditioner need not be one
+    matrix: it may be another solver, stopped early, or change from step to step, and what is minimised stays the true
     residual. All columns of b run at once, and one that has ended is frozen. CONVERGED means that a fresh product gave
     |b - A x| <= max(rtol |b|, atol); a wrong claim of the recurrence restarts, or ends as STAGNATED when that no longer
     halves the true residual. Also STAGNATED: a whole cycle that gains nothing (the next one would repeat it; raise
     `restart`), or a long window that gains less than 1 %. Where a claim or a cycle fails and A is singular on the
     Krylov space to working precision, the column is SINGULAR: exhausting the space is no convergence. `direction` is
-    then the null vector, and x minimises the residual without a part along it.
+    then the null vector, and x minimises the residual without a part along it. Where it is not A but the preconditioner
+    that gave z_j which depend on each other, the column is a BREAKDOWN.
 
-    Cost: 1 product a step, 1 a cycle; memory for restart + 1 vectors a column, 4 restart n operations a step.
+    Cost: 1 product a step (and one with the preconditioner), 1 a cycle; memory for restart + 1 vectors a column, twice
+    that with a preconditioner; 4 restart n operations a step.
 
     Args:
         rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
         atol: absolute tolerance, in b's units.
         max_iter: limit of steps, over all cycles.
-        preconditioner: operator close to the INVERSE of A, need not be symmetric.
+        preconditioner: operator close to the INVERSE of A; need not be symmetric, nor linear, nor the same each time.
         restart: steps of a cycle; the more the fewer steps in all, 50 is common; capped at n.
 
     Raises:
         ValueError: for a negative tolerance or limit, or restart < 1.
 
     Reference:
-        Saad & Schultz 1986; Giraud, Langou & Rozloznik 2005 (Gram-Schmidt); Brown & Walker 1997 (singular systems).
+        Saad & Schultz 1986; Saad 1993, algorithm 2.2 (flexible); Giraud, Langou & Rozloznik 2005 (Gram-Schmidt); Brown
+        & Walker 1997 (singular systems).
 
     Example:
         >>> from nestopt.linalg import GMRES, Dense
@@ -90,8 +96,10 @@ class GMRES(Krylov[GMRESState]):
         start, r = self._start(A, b, x0)
         m = max(1, min(self.restart, A.shape[-1]))
         columns = b.shape[:-1]
+        V = b.new_zeros(m + 1, *b.shape)
+        Z = V[:-1] if self.preconditioner is None else b.new_zeros(m, *b.shape)
         state = GMRESState(
-            **vars(start), V=b.new_zeros(m + 1, *b.shape), R=b.new_zeros(*columns, m, m),
+            **vars(start), V=V, Z=Z, R=b.new_zeros(*columns, m, m),
             Q=b.new_zeros(*columns, m + 1, m + 1), g=b.new_zeros(*columns, m), left=start.error,
             scale=torch.zeros_like(start.error), started=start.error,
         )  # fmt: skip
@@ -126,7 +134,9 @@ class GMRES(Krylov[GMRESState]):
         m, k = s.R.shape[-1], s.k + 1
         j = s.k % m
         V = s.V[: j + 1]
-        w, spent = self._multiply(A, self._precondition(V[j]), running)
+        if self.preconditioner is not None:
+            s.Z[j] = self._precondition(V[j])
+        w, spent = self._multiply(A, s.Z[j], running)
         scale = torch.fmax(s.scale, A.norm(w))
         w, h = orthogonalise(A, V, w)
         below = A.norm(w)
@@ -182,19 +192,22 @@ class GMRES(Krylov[GMRESState]):
         U, sigma, Vh = torch.linalg.svd(torch.where(failed[..., None, None], _filled(s), eye))
         info = torch.finfo(A.dtype)
         small = sigma <= 10 * info.eps * s.scale[..., None] + 2 * info.tiny
-        null = self._precondition(combine(Vh[..., -1, :].movedim(-1, 0), s.V[:-1]))
+        null = combine(Vh[..., -1, :].movedim(-1, 0), s.Z)
         found = failed & small[..., -1]
+        # the small matrix is singular, too, where the vectors of the preconditioner depend on each other
+        collapsed = A.norm(null) <= info.eps**0.5 * A.norm(s.Z).amax(0)
+        fault = torch.where(collapsed, Status.BREAKDOWN.code, Status.SINGULAR.code)
         y = torch.where(small, 0, (U.mT @ g[..., None])[..., 0] / sigma)
-        step = self._precondition(combine((Vh.mT @ y[..., None])[..., 0].movedim(-1, 0), s.V[:-1]))
+        step = combine((Vh.mT @ y[..., None])[..., 0].movedim(-1, 0), s.Z)
         return evolve(
-            s, codes=torch.where(found, Status.SINGULAR.code, s.codes),
+            s, codes=torch.where(found, fault, s.codes),
             x=torch.where(found[..., None], x + step, s.x), direction=torch.where(found[..., None], null, s.direction),
         )  # fmt: skip
 
     def _fold(self, s: GMRESState, columns: Tensor) -> GMRESState:
         """Take the steps since the last restart into x, for some columns."""
         y = torch.linalg.solve_triangular(_filled(s), s.g[..., None], upper=True)[..., 0]
-        step = self._precondition(combine(y.movedim(-1, 0), s.V[:-1]))
+        step = combine(y.movedim(-1, 0), s.Z)
         s.g[:] = torch.where(columns[..., None], 0, s.g)
         return evolve(s, x=torch.where(columns[..., None], s.x + step, s.x))
 

@@ -156,7 +156,7 @@ def explain(
     Returns:
         The error to raise from torch's, or None when this one is about something else.
     """
-    if isinstance(error, torch.OutOfMemoryError | Warning):  # a warning may have been made an error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | Warning):  # a warning may have been made an error
         return None
     text = str(error).strip()
     named = next((found[1] for found in (pattern.search(text) for pattern in _OPERATION) if found), None)

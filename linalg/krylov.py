@@ -79,7 +79,7 @@ class Krylov(LinearSolver, Generic[State]):
             return
         if not isinstance(M, LinearOperator):
             raise TypeError(f"{name}: preconditioner must be a LinearOperator, but got {type(M).__name__}.")
-        fits = M.shape[-2:] == A.shape[-2:] and M.batch_shape in (torch.Size(()), A.batch_shape)
+        fits = M.shape[-2:] == (A.shape[-1], A.shape[-1]) and M.batch_shape in (torch.Size(()), A.batch_shape)
         if not fits or M.dtype != A.dtype or M.device != A.device:
             raise ValueError(f"{name}: preconditioner {M!r} must have the shape, dtype and device of A, {A!r}.")
         if self.needs_symmetric and not M.symmetric:
@@ -106,7 +106,9 @@ class Krylov(LinearSolver, Generic[State]):
         else:
             x = torch.where((norm == 0)[..., None], 0, x0)
             r, error = A.certified_residual(x, b)
-        codes = torch.where(error <= tolerance, Status.CONVERGED.code, Status.RUNNING.code)
+        # zero within a bound that is not: rounding alone, nothing to go on with
+        lost = torch.where((r == 0).all(-1), Status.STAGNATED.code, Status.RUNNING.code)
+        codes = torch.where(error <= tolerance, Status.CONVERGED.code, lost)
         codes = torch.where(error < torch.inf, codes, Status.NON_FINITE.code)
         count = torch.zeros_like(codes)
         state = KrylovState(
@@ -137,7 +139,9 @@ class Krylov(LinearSolver, Generic[State]):
         pending = s.codes == PENDING
         r, bound, spent = measure(A, s.x, b, columns)
         error = torch.where(columns, bound, s.error)
-        ruling = torch.where(error > 0.5 * s.verified, Status.STAGNATED.code, Status.RUNNING.code)
+        # a residual of zero within a bound that is not: the product's own rounding, from which nothing can restart
+        spent_out = (error > 0.5 * s.verified) | (r == 0).all(-1)
+        ruling = torch.where(spent_out, Status.STAGNATED.code, Status.RUNNING.code)
         ruling = torch.where(error <= s.tolerance, Status.CONVERGED.code, ruling)
         ruling = torch.where(error < torch.inf, ruling, Status.NON_FINITE.code)
         codes = torch.where(pending, ruling, s.codes)
@@ -160,7 +164,7 @@ class Krylov(LinearSolver, Generic[State]):
 
     def _finish(self, A: LinearOperator, b: Tensor, s: State) -> Solution:
         """Measure the residual wherever that was not the last thing done; the measurement has the last word."""
-        codes = torch.where(s.codes == PENDING, Status.MAX_ITER.code, s.codes)
+        codes = torch.where(s.codes < 0, Status.MAX_ITER.code, s.codes)  # internal codes: the limit came before a look
         unsure = codes != Status.CONVERGED.code
         error, products = s.error, s.products
         if b.is_cuda or any_of(unsure):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .operator import LinearOperator, power_of_two
-from .orthogonal import combine, orthogonalise
-from .result import iterate, scalar_or_tensor
+from .orthogonal import combine
+from .result import scalar_or_tensor
+from .tridiagonal import LanczosState, eigenpairs, random_start, tridiagonalise
 
 __all__ = ["NormEstimate", "Spectrum", "extreme_eigenvalues", "operator_norm"]
 
@@ -181,7 +182,7 @@ def operator_norm(
     else:
         B = A if A.shape[-1] <= A.shape[-2] else A.T
         with torch.no_grad():
-            image = B.norm(B._matvec(_start(B, generator)))
+            image = B.norm(B._matvec(random_start(B, 1, generator)[0]))
         unit = power_of_two(image[..., None])
         gram = _Gram(B, unit)
         state = _run(gram, steps, generator, lambda r: _distance(*_roots(r), rtol))
@@ -239,20 +240,6 @@ def _check(owner: str, A: LinearOperator, steps: int, rtol: float) -> None:
 
 
 @dataclass(frozen=True)
-class _State:
-    basis: Tensor  # (steps + 1, *batch, n), its first k + 1 rows filled
-    alpha: tuple[Tensor, ...]  # k times (*batch)
-    beta: tuple[Tensor, ...]
-    codes: Tensor
-    iterations: Tensor
-    error: Tensor  # the worst needed end, in units of what is allowed; the dtype's largest number while not looked at
-
-    @property
-    def k(self) -> int:
-        return len(self.alpha)
-
-
-@dataclass(frozen=True)
 class _Ritz:
     """Eigenvalues of the tridiagonal, in float64, and what they say about A."""
 
@@ -264,14 +251,9 @@ class _Ritz:
     n: int
 
     @classmethod
-    def of(cls, s: _State) -> _Ritz:
-        alpha, beta = torch.stack(s.alpha, -1).double(), torch.stack(s.beta, -1).double()
-        finite = (torch.isfinite(alpha) & torch.isfinite(beta)).all(-1, keepdim=True)
-        a, b = torch.where(finite, alpha, 0), torch.where(finite, beta, 0)
-        off = b[..., :-1]
-        T = torch.diag_embed(a) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-        values, vectors = torch.linalg.eigh(T)
-        values = torch.where(finite, values, torch.nan)
+    def of(cls, s: LanczosState) -> _Ritz:
+        alpha, beta = s.matrix
+        values, vectors = eigenpairs(alpha, beta)
         residuals = beta[..., -1:] * vectors[..., -1, :].abs()
         floor = 10 * torch.finfo(s.basis.dtype).eps * values.abs().amax(-1)
         return cls(values, vectors, residuals, beta.log().sum(-1), floor, s.basis.shape[-1])
@@ -298,55 +280,15 @@ class _Ritz:
         return torch.where(distance == 0, 0, distance / allowed)
 
 
-def _ritz_vector(A: LinearOperator, s: _State, r: _Ritz, end: int) -> Tensor:
+def _ritz_vector(A: LinearOperator, s: LanczosState, r: _Ritz, end: int) -> Tensor:
     v = combine(r.vectors[..., end].movedim(-1, 0).to(s.basis.dtype), s.basis[: s.k])
     size = A.norm(v)[..., None]
     # a system whose start was an eigenvector may find it among the rows of zeros that its basis was filled up with
     return torch.where(size == 0, s.basis[0], v / size)
 
 
-def _start(A: LinearOperator, generator: torch.Generator | None) -> Tensor:
-    """A random unit vector for each system."""
-    if generator is None:
-        generator = torch.Generator(A.device).manual_seed(0)
-    v = torch.randn(*A.batch_shape, A.shape[-1], dtype=A.dtype, device=generator.device, generator=generator).to(
-        A.device
-    )
-    return v / A.norm(v)[..., None]
-
-
-def _run(A: LinearOperator, steps: int, generator: torch.Generator | None, gap: Callable[[_Ritz], Tensor]) -> _State:
-    """Lanczos until the gap that matters is at most 1, everywhere, or the space is exhausted."""
-    steps = min(steps, A.shape[-1])
-    with torch.no_grad():
-        start = _start(A, generator)
-        basis = start.new_empty(steps + 1, *start.shape)
-        basis[0] = start
-        unseen = start.new_full(start.shape[:-1], torch.finfo(start.dtype).max, dtype=torch.float64)
-        zero = torch.zeros_like(unseen, dtype=torch.int64)
-        state = _State(basis, (), (), zero, zero, unseen)
-        return iterate(lambda s: _step(A, s, gap), state, max_iter=steps, tolerance=torch.ones_like(unseen))
-
-
-def _step(A: LinearOperator, s: _State, gap: Callable[[_Ritz], Tensor]) -> _State:
-    k = s.k + 1
-    V = s.basis[:k]
-    w = A._matvec(V[-1])
-    size = A.norm(w)
-    alpha = A.vecdot(V[-1], w)
-    w, _ = orthogonalise(A, V, w)
-    beta = A.norm(w)
-    # an exhausted system keeps a row of zeros, whose Rayleigh quotient is replaced by one inside the spectrum
-    ended = A.norm(V[-1]) == 0
-    alpha = torch.where(ended, s.alpha[0], alpha) if s.alpha else alpha
-    beta = torch.where(beta <= 10 * torch.finfo(A.dtype).eps * torch.fmax(size, alpha.abs()), 0, beta)
-    s.basis[k] = torch.where(
-        (beta > 0)[..., None], w / beta[..., None], torch.where(beta == 0, 0, torch.nan)[..., None]
-    )
-    s = replace(s, alpha=(*s.alpha, alpha), beta=(*s.beta, beta))
-    last = k == s.basis.shape[0] - 1
-    if k > 8 and k % (k // 8) and not last:  # the small eigenproblem is not looked at in every step
-        return s
-    r = _Ritz.of(s)
-    error = torch.where(beta == 0, 0, gap(r))
-    return replace(s, error=torch.where(torch.isfinite(r.values[..., 0]), error, torch.nan))
+def _run(
+    A: LinearOperator, steps: int, generator: torch.Generator | None, gap: Callable[[_Ritz], Tensor]
+) -> LanczosState:
+    """Lanczos from one random vector a system, until the gap that matters is at most 1 everywhere."""
+    return tridiagonalise(A, random_start(A, 1, generator)[0], steps, lambda s: gap(_Ritz.of(s)))

@@ -37,7 +37,10 @@ class Status(Enum):
         "add a shift, or use a least-squares solver or a method that needs no inverse"
     )
     BREAKDOWN = "the recurrence broke down before the tolerance; change x0, the preconditioner or the solver"
-    DIVERGED = "the iteration does not contract with this step size; lower it, or let the solver choose it"
+    DIVERGED = (
+        "the iterates run away: the step size is too large (lower it, or let the solver choose it), or the "
+        "objective is unbounded below (add a penalty or bounds)"
+    )
     NON_FINITE = "a NaN or inf appeared; look for it in the inputs first, then for overflow in the objective"
     NOT_STATIONARY = "the lower level is not at a stationary point; solve it further before differentiating"
     LINE_SEARCH_FAILED = "no step along the search direction lowered the objective; check its gradient and smoothness"

@@ -123,7 +123,7 @@ class LinearSolver(ABC):
                 f"{name}: A must be a LinearOperator, but got {type(A).__name__}; use linalg.Dense(matrix)."
             )
         if self.needs_square and A.shape[-1] != A.shape[-2]:
-            raise ValueError(f"{name}: A must be square, but it has shape {tuple(A.shape)}; use Normal(CG()).")
+            raise ValueError(f"{name}: A must be square, but it has shape {tuple(A.shape)}; use LSMR().")
         if self.needs_symmetric and not A.symmetric:
             raise TypeError(
                 f"{name}: A must be promised symmetric, but {A!r} is not; build it with symmetric=True, or use "

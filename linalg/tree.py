@@ -144,6 +144,10 @@ class Ravel:
         """The tree with these leaves."""
         return optree.tree_unflatten(self.treespec, leaves)
 
+    def copy(self, tree: Any) -> Any:
+        """A copy of the tree, cut from its graph, after the checks of `leaves`."""
+        return self.build([leaf.detach().clone() for leaf in self.leaves(tree)])
+
     def call(self, function: Callable[[Any], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function of a tree as a function of one vector."""
         return lambda vector: function(self.unflatten(vector))

@@ -78,3 +78,40 @@ def test_readme_session():
     results = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert results.attempted > 5
     assert results.failed == 0
+
+
+def test_spectrum_example_agrees_with_the_dense_matrices(tmp_path, capsys):
+    path = ROOT / "examples" / "spectrum.py"
+    spec = importlib.util.spec_from_file_location("spectrum", path)
+    module = importlib.util.module_from_spec(spec)
+    torch.set_default_dtype(torch.float64)  # the fixture `seed` puts it back
+    spec.loader.exec_module(module)
+    results = module.main(quick=True)
+    assert [list(matrices) for matrices in results.values()] == [["Hessian", "Gauss-Newton"]] * 2
+    for matrices in results.values():
+        for top, trace, spectrum, exact in matrices.values():
+            assert top.status == Status.CONVERGED
+            torch.testing.assert_close(top.values, exact.flip(0)[:10], rtol=0, atol=1e-7)
+            assert abs(trace.value - float(exact.sum())) <= 5 * trace.standard_error
+            count = spectrum.count(low=0.1)
+            assert abs(count.value - int((exact >= 0.1).sum())) <= 4 * count.standard_error + 1
+    module.draw(tmp_path / "spectrum.png", results)
+    assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+    assert "Gauss-Newton after training" in capsys.readouterr().out
+
+
+def test_pruning_example_prefers_the_curvature_to_the_magnitude(tmp_path, capsys):
+    path = ROOT / "examples" / "pruning.py"
+    spec = importlib.util.spec_from_file_location("pruning", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.compare(quick=True)
+    for sparsity in (0.3, 0.6):  # the training loss is what the scores predict
+        ours, plain = (found["one shot", sparsity, method][0] for method in ("M-FAC", "magnitude"))
+        assert ours[0] < plain[0]
+        assert ours[3] == plain[3] == pytest.approx(sparsity, abs=1e-4)
+    assert found["gradual", 0.95, "M-FAC"][0][3] == pytest.approx(0.95, abs=1e-4)
+    module.report(found)
+    module.draw(tmp_path / "pruning.png", found)
+    assert (tmp_path / "pruning.png").stat().st_size > 10_000
+    assert "magnitude" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -14,7 +14,7 @@ from laws_optim import Case, check_minimizer, check_structure, gradient_norm, ve
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from nestopt.implicit import LBFGS, GradientDescent, Minimizer, NewtonCG
+from nestopt.implicit import FOSI, LBFGS, GradientDescent, LazyNewton, Minimizer, NewtonCG, RegularizedNewton
 from nestopt.linalg import Diagonal, Status
 
 DOUBLE = torch.float64
@@ -72,10 +72,11 @@ def softmax() -> Case:
 
 
 def rosenbrock(n: int) -> Case:
+    # for n >= 4 there is a second minimiser near (-1, 1, ..., 1), to which no run from zero goes
     return Case(
         f"rosenbrock({n})",
         lambda dtype: lambda y: (100 * (y[1:] - y[:-1] ** 2) ** 2 + (1 - y[:-1]) ** 2).sum(),
-        lambda dtype: torch.where(torch.arange(n) % 2 == 0, -1.2, 1.0).to(dtype),
+        lambda dtype: torch.tensor([-1.2, 1.0], dtype=dtype) if n == 2 else torch.zeros(n, dtype=dtype),
         torch.ones(n, dtype=DOUBLE),
         1e-5,
     )
@@ -103,6 +104,10 @@ MINIMIZERS: dict[str, Minimizer] = {
     "newton": NewtonCG(),
     "lbfgs": LBFGS(),
     "spectral": GradientDescent(max_iter=4000),
+    "regularized": RegularizedNewton(),
+    "regularized, CG": RegularizedNewton(dense_below=0),
+    "lazy": LazyNewton(),
+    "fosi": FOSI(rank=3, max_iter=4000),
 }
 CASES = {
     "quadratic(1)": lambda: quadratic(1.0),
@@ -116,14 +121,27 @@ CASES = {
 each = pytest.mark.parametrize("minimizer", MINIMIZERS.values(), ids=MINIMIZERS.keys())
 
 
-@each
-@pytest.mark.parametrize("case", CASES)
+# of hundreds of short steps, each a diagonalisation or a run of CG, one example is enough
+SLOW = {"regularized": {"rosenbrock(10)"}, "regularized, CG": {"rosenbrock(2)", "rosenbrock(10)"}}
+SLOW |= {"lazy": {"rosenbrock(10)"}, "fosi": {"rosenbrock(10)"}}
+
+
+def pairs(cases: Iterable[str]) -> list[Any]:
+    """Every minimiser with every case that is not slow for it."""
+    return [
+        pytest.param(minimizer, case, id=f"{name}-{case}")
+        for name, minimizer in MINIMIZERS.items()
+        for case in cases
+        if case not in SLOW.get(name, set())
+    ]
+
+
+@pytest.mark.parametrize(("minimizer", "case"), pairs(CASES))
 def test_laws(minimizer: Minimizer, case: str) -> None:
     check_minimizer(minimizer, CASES[case](), DOUBLE)
 
 
-@each
-@pytest.mark.parametrize("case", ["quadratic(100)", "logistic", "rosenbrock(2)", "least squares"])
+@pytest.mark.parametrize(("minimizer", "case"), pairs(["quadratic(100)", "logistic", "rosenbrock(2)", "least squares"]))
 def test_laws_in_float32(minimizer: Minimizer, case: str) -> None:
     check_minimizer(minimizer, CASES[case](), torch.float32)
 
@@ -179,15 +197,15 @@ def test_newton_converges_superlinearly() -> None:
     relative = [error / errors[0] for error in errors]
     small = [(a, b) for a, b in pairwise(relative) if 1e-10 < a < 1e-2]
     assert len(small) >= 2
-    assert all(b <= 2 * a**1.4 for a, b in small)
+    assert all(b <= 2 * a**1.8 for a, b in small)
 
 
 @pytest.mark.parametrize(
     ("minimizer", "case", "iterations"),
     [
-        (NewtonCG(), rosenbrock(2), 63),
+        (NewtonCG(), rosenbrock(2), 25),
         (LBFGS(), rosenbrock(2), 36),
-        (GradientDescent(), rosenbrock(2), 101),
+        (GradientDescent(), rosenbrock(2), 113),
     ],
 )
 def test_pinned_iterations(minimizer: Minimizer, case: Case, iterations: int) -> None:
@@ -213,13 +231,21 @@ def test_a_step_that_is_too_long_is_named(power: int) -> None:
     assert math.isfinite(res.value)
 
 
+UNBOUNDED: list[Callable[[Tensor], Tensor]] = [
+    lambda y: y.sum(),
+    lambda y: -(y**2).sum(),
+    lambda y: -y.exp().sum(),
+    lambda y: (y**3).sum() - y.sum(),
+]
+
+
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize(
-    "f", [lambda y: y.sum(), lambda y: -(y**2).sum(), lambda y: -y.exp().sum(), lambda y: (y**3).sum() - y.sum()]
-)
+@pytest.mark.parametrize("f", UNBOUNDED)
 def test_unbounded_below_is_divergence(minimizer: Minimizer, dtype: torch.dtype, f: Callable[[Tensor], Tensor]) -> None:
-    res = minimizer(f, torch.full((3,), -2.0, dtype=dtype))
+    # exp overflows only after hundreds of steps of size 2 or less: start on the way
+    start = 0.4 * math.log(torch.finfo(dtype).max) if f is UNBOUNDED[2] else -2.0
+    res = minimizer(f, torch.full((3,), start, dtype=dtype))
     assert res.status == Status.DIVERGED
     assert bool(torch.isfinite(res.x).all())
 

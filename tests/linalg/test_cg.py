@@ -178,3 +178,13 @@ def test_bad_input():
         CG(max_iter=-1)
     with pytest.raises(TypeError, match="known not to be"):
         CG()(Dense(spd(3, 2.0), symmetric=True, definite=False), rand(3))
+
+
+def test_a_residual_of_nothing_but_rounding_is_stagnated():
+    # the residual in float32 is exactly zero, its bound is not: there is nothing to restart from
+    b = rand(20, dtype=torch.float32)
+    A = Dense(spd(20, 10.0, dtype=torch.float32), symmetric=True).shift(1e6)
+    for start in (None, CG(rtol=1e-6)(A, b).x):
+        solution = CG(rtol=1e-12)(A, b, start)
+        assert solution.status == Status.STAGNATED
+        assert solution.residual_norm <= 1e-6

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestopt.linalg import (
     CG,
+    Compiled,
     ForwardOverReverse,
     FreshGraph,
     GaussNewton,
@@ -386,3 +387,49 @@ def test_errors_of_the_function_itself_are_not_dressed_up():
         Hessian(lambda p: p["missing"], {"a": torch.ones(2)})
     with pytest.raises(RuntimeError, match="shape"):
         Hessian(lambda x: x.reshape(3).sum(), torch.ones(2))
+
+
+@pytest.mark.parametrize("problem, size", [(mlp, None), (mlp, 3), (attention, None)])
+def test_compiled_products_are_the_eager_ones(problem, size):
+    loss, params = problem()
+    H, plain = Hessian(loss, params, product=Compiled(size, backend="aot_eager")), Hessian(loss, params)
+    v = torch.randn(3, H.shape[-1])
+    for _ in range(2):
+        torch.testing.assert_close(H @ v, plain @ v, rtol=1e-10, atol=1e-12)
+    assert H.looped is None and torch.equal(H.gradient, plain.gradient)
+
+
+def test_what_cannot_be_compiled_is_refused():
+    loss, params = dropout()
+    with pytest.raises(TypeError, match=r"loss draws random numbers.*compiled code would draw others"):
+        Hessian(loss, params, product=Compiled(backend="eager"))
+
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return (x**3).sum()
+
+    with pytest.raises(RuntimeError, match="graph_break"):  # never an eager product in silence
+        Hessian(breaks, torch.ones(2), product=Compiled(backend="eager")) @ torch.ones(2)
+
+    def fickle(x):
+        return (x**3).sum() if torch.compiler.is_compiling() else (x**2).sum()
+
+    with pytest.raises(ValueError, match="compiled product differs from the eager one by"):
+        Hessian(fickle, torch.ones(2), product=Compiled(backend="eager")) @ torch.ones(2)
+
+
+def test_the_accuracy_of_products_below_float64():
+    _, params = mlp()
+    named = {name: p.detach() for name, p in params.named_parameters()}
+    x, y = torch.randn(12, 4), targets(12)
+
+    def at(dtype):
+        cast = {name: p.to(torch.bfloat16).to(dtype) for name, p in named.items()}
+        return Hessian(lambda p: F.cross_entropy(functional_call(params, p, (x.bfloat16().to(dtype),)), y), cast)
+
+    v = torch.randn(43).bfloat16()
+    truth = at(torch.float64) @ v.double()
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-2)):
+        found = at(dtype) @ v.to(dtype)
+        assert found.dtype == dtype
+        assert float((found.double() - truth).norm() / truth.norm()) < tolerance

@@ -2,7 +2,7 @@ import pytest
 import torch
 from laws import DOUBLE, Promises, check_linear_solver, members, rand, spd, symmetric, verify
 
-from nestopt.linalg import GMRES, Dense, Diagonal, FunctionOperator, Status
+from nestopt.linalg import CG, GMRES, Dense, Diagonal, FunctionOperator, Status
 
 C, SING, STAG = Status.CONVERGED, Status.SINGULAR, Status.STAGNATED
 
@@ -153,3 +153,71 @@ def test_the_count_of_products():
 def test_bad_input():
     with pytest.raises(ValueError, match="restart must be at least 1"):
         GMRES(restart=0)
+
+
+def varying(A, maps):
+    """A preconditioner that is another map at each application."""
+    calls = []
+
+    def apply(v):
+        calls.append(len(calls) % len(maps))
+        return maps[calls[-1]](v)
+
+    return FunctionOperator(apply, tuple(A.shape), A.dtype)
+
+
+def test_a_preconditioner_that_changes_at_every_step(dtype):
+    matrix = triangular(dtype=dtype)
+    A, b = Dense(matrix), rand(2, 40, dtype=dtype)
+    d = matrix.diagonal()
+    M = varying(A, [lambda v: v / d, lambda v: 3 * v, lambda v: v / d.sqrt()])
+    for restart in (50, 12):
+        solution = GMRES(preconditioner=M, restart=restart)(A, b)
+        verify(solution, matrix, b)
+        assert members(solution) == [C, C]
+    # the residual is minimal over the space of the preconditioned vectors, whatever they are
+    few = GMRES(preconditioner=M, max_iter=9)(A, b[0])
+    Q, _ = torch.linalg.qr((few.state.Z[:9].double() @ matrix.double().T).T)
+    best = b[0].double() - Q @ (Q.T @ b[0].double())
+    assert few.residual_norm == pytest.approx(float(best.norm()), rel=1e-8 if dtype == DOUBLE else 1e-3)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.03])
+def test_a_solver_as_preconditioner(tolerance):
+    n = 60
+    hard = spd(n, 1e4)
+    A = Dense(hard + 0.5 * torch.triu(rand(n, n, seed=5), 1))  # not symmetric
+    near = Dense(hard, symmetric=True, definite=True)
+    M = FunctionOperator(lambda v: CG(rtol=tolerance)(near, v).x, (n, n), DOUBLE)  # not linear in v
+    b = rand(3, n, seed=6)
+    solution = GMRES(preconditioner=M, restart=30)(A, b)
+    verify(solution, A.matrix, b)
+    assert members(solution) == [C] * 3
+    plain = GMRES(restart=30)(A, b)
+    assert int(solution.iterations.max()) < 0.5 * int(plain.iterations.min())
+
+
+def test_a_preconditioner_without_rank_breaks_down():
+    matrix, b = triangular(20), rand(20)
+    e = rand(20, seed=8)
+    M = FunctionOperator(lambda v: (v @ e)[..., None] * e, (20, 20), DOUBLE)  # one direction, whatever it is given
+    solution = GMRES(preconditioner=M)(Dense(matrix), b)
+    assert solution.status == Status.BREAKDOWN
+    verify(solution, matrix, b)
+    kernel = symmetric(torch.cat([torch.zeros(2), torch.linspace(1, 4, 18)]).double())
+    solution = GMRES(preconditioner=Diagonal(torch.linspace(0.5, 2, 20, dtype=DOUBLE)))(Dense(kernel), b)
+    assert solution.status == SING
+    assert float((kernel @ solution.direction).norm()) <= 1e-12
+
+
+def test_the_preconditioner_is_applied_once_a_step():
+    calls = []
+    A = Dense(triangular(20))
+
+    def apply(v):
+        calls.append(1)
+        return v / A.matrix.diagonal()
+
+    solution = GMRES(preconditioner=FunctionOperator(apply, (20, 20), DOUBLE), restart=5)(A, rand(20))
+    assert solution.status == C
+    assert len(calls) == solution.iterations

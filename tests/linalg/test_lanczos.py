@@ -94,3 +94,10 @@ def test_agrees_with_the_ritz_values_of_cg():
     s = extreme_eigenvalues(A, rtol=1e-6)
     assert high == pytest.approx(s.highest, rel=1e-6)
     assert low == pytest.approx(s.lowest, rel=1e-2)
+
+
+def test_a_system_that_is_exhausted_waits_without_inventing_eigenvalues():
+    matrices = torch.stack([3 * torch.eye(120, dtype=DOUBLE), symmetric(SPECTRA["even"])])
+    s = extreme_eigenvalues(Dense(matrices, symmetric=True), steps=60)
+    assert s.products > 2 * 10
+    assert [float(s.lowest[0]), float(s.highest[0])] == pytest.approx([3, 3], rel=1e-12)

@@ -124,3 +124,12 @@ def test_the_count_of_products():
         for solver in (MINRES(), MINRES(max_iter=7), LooksSeldom()):
             calls.clear()
             assert solver(A, b, x0).products == sum(calls)
+
+
+def test_a_limit_between_two_looks_is_a_limit():
+    A = Dense(
+        symmetric(torch.cat([torch.zeros(2, dtype=DOUBLE), torch.linspace(1, 4, 10, dtype=DOUBLE)])), symmetric=True
+    )
+    names = {LooksSeldom(rtol=1e-12, max_iter=k)(A, rand(12)).status for k in range(1, 25)}
+    assert Status.MAX_ITER in names
+    assert names <= {Status.MAX_ITER, SING, Status.STAGNATED}
