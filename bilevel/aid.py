@@ -109,11 +109,12 @@ class AID(Method):
         y = spaces.y.flatten(y0).detach()
         e = level.differentiate(level.solve(x, y, None, check=True), None)
         assert e.scale is not None
+        assert e.linear_residual is not None
         tolerance = upper_tolerance(self.stopping, e.scale)
-        if e.fault is None and float(e.lower_residual) > 0.1 * tolerance:
+        if e.fault is None and (float(e.lower_residual) > 0.1 * tolerance or float(e.linear_residual) > tolerance):
             again = level.solve(x, e.y, 0.1 * tolerance)
             spent = e.counts
-            e = level.differentiate(again, e.adjoint)
+            e = level.differentiate(again, e.adjoint, tolerance)
             e = replace(e, counts=spent + e.counts)
         assert e.hypergradient is not None
         assert e.adjoint is not None
@@ -142,7 +143,7 @@ class AID(Method):
         eps = torch.finfo(x.dtype).eps
         noise = 10 * eps * float(s.value.abs()) + float(s.adjoint.norm() * (e.lower_residual + s.residuals["lower"]))
         if e.fault is None and step.accepts(s.rule, dx, s.hypergradient, e.value, noise):
-            e = level.differentiate(e, s.adjoint if self.warm_start else None)
+            e = level.differentiate(e, s.adjoint if self.warm_start else None, float(s.tolerance))
         if e.fault is None and e.hypergradient is not None:
             rule = step.after(s.rule, dx, e.hypergradient - s.hypergradient, e.value)
             return self._state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,18 +122,19 @@ class LowerLevel:
         """
         return float(Linearization(self.problem, self.spaces, x, y, self.data).lower_y.norm())
 
-    def differentiate(self, e: Evaluation, adjoint: Tensor | None) -> Evaluation:
+    def differentiate(self, e: Evaluation, adjoint: Tensor | None, enough: float = math.inf) -> Evaluation:
         """The same evaluation with its hypergradient.
 
         Args:
             e: evaluated by `solve`.
             adjoint: v of a nearby point to start from, or None.
+            enough: the adjoint residual that must not stand in the way of the run's end.
 
         Returns:
             The Evaluation with hypergradient, adjoint and residual; its graphs are dropped.
         """
         assert e.point is not None
-        value, solution = solve_adjoint(e.point, self.linear_solver, adjoint)
+        value, solution = solve_adjoint(e.point, self.linear_solver, adjoint, enough)
         status = solution.status
         assert isinstance(status, Status)
         fault = status if status in _FATAL else None

@@ -46,10 +46,8 @@ def test_gauss_newton_finds_the_answer_of_a_weighted_penalty(samples):
 
     x0, y0 = torch.zeros(9, dtype=DOUBLE), torch.zeros(9, dtype=DOUBLE)
     problem = bilevel.Problem(upper, lower)
-    adjoint = linalg.Cholesky()
-    method = bilevel.AID(lower_solver=implicit.LevenbergMarquardt(), linear_solver=adjoint)
-    res = bilevel.solve(problem, x0, y0, method)
-    other = bilevel.solve(problem, x0, y0, bilevel.AID(linear_solver=adjoint))
+    res = bilevel.solve(problem, x0, y0, bilevel.AID(lower_solver=implicit.LevenbergMarquardt()))
+    other = bilevel.solve(problem, x0, y0, bilevel.AID(linear_solver=linalg.Cholesky()))
     assert res.converged
     x = res.x.clone().requires_grad_()
     (true,) = torch.autograd.grad(exact(x), x)
