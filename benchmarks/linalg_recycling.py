@@ -97,7 +97,7 @@ Solve = Callable[[Dense, Tensor], Any]
 
 def contenders(n: int, rank: int) -> dict[str, Solve | None]:
     """One solver for each way, new for each sequence; None for what is not installed."""
-    cg = CG(rtol=RTOL, max_iter=10 * n)
+    cg = CG(rtol=RTOL, max_iter=100 * n)
     warm, recycled = Recycled(cg, rank=0), Recycled(cg, rank=rank)
     return {
         "cold CG": cg,

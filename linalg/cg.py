@@ -67,15 +67,16 @@ class CG(Krylov[CGState]):
     NEGATIVE_CURVATURE, zero is SINGULAR, both with the direction. A preconditioner with r'Mr <= 0 is a BREAKDOWN.
     b = 0 gives x = 0.
 
-    Cost: 1 product a step, 1 to verify, 1 for x0, 1 in every `replace_every` steps against drift. (A residual costs 2
-    where A can only multiply below float64: the second one measures the rounding of the first.)
+    Cost: 1 product a step, 1 to verify, 1 for x0, at most 1 in every `replace_every` steps against drift. (A residual
+    costs 2 where A can only multiply below float64: the second one measures the rounding of the first.)
 
     Args:
         rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
         atol: absolute tolerance, in b's units.
         max_iter: limit of steps; 20 to 50 is common for hypergradients, sqrt(condition number) * 10 for 1e-8.
         preconditioner: symmetric positive definite operator close to the INVERSE of A.
-        replace_every: steps between replacements of the recurrent residual by the true one.
+        replace_every: steps between replacements of the recurrent residual by the true one, as long as the rounding
+            of that is below a thousandth of it.
 
     Raises:
         ValueError: for a negative tolerance or limit.
@@ -163,9 +164,13 @@ class CG(Krylov[CGState]):
             s = evolve(s, codes=torch.where(claims & moved, PENDING, s.codes))
         due = k % self.replace_every < look
         if k % look == 0 and (claimed or due):
-            columns = (s.codes == PENDING) | (moved & due)
+            columns = s.codes == PENDING
+            if due:  # the true residual brings rounding of its own, which near the end is worse than the drift
+                noise = torch.finfo(A.dtype).eps * s.scale * A.norm(s.x)
+                columns = columns | (moved & (noise <= 1e-3 * s.error))
             s, true, restart = self._settle(A, b, s, columns)
             r = torch.where(columns[..., None], true / s.unit[..., None], r)
+            s, energy = _judge_anew(s, restart), torch.where(restart, 0, energy)
             rr = A.vecdot(r, r)
         if k % STRIDE == 0:  # the residual of an ill-conditioned system may rise for long while the energy falls
             s = self._stop_on_plateau(A, s, energy > (1 + 1e-6) * s.energy_seen)
@@ -200,6 +205,14 @@ def _name_curvature(s: CGState, faulty: Tensor, rayleigh: Tensor, floor: Tensor)
     fault = torch.where(torch.isfinite(rayleigh), fault, Status.NON_FINITE.code)
     direction = torch.where(faulty[..., None], s.p, s.direction)
     return evolve(s, codes=torch.where(faulty, fault, s.codes), direction=direction)
+
+
+def _judge_anew(s: CGState, restart: Tensor) -> CGState:
+    """Forget the progress of columns that restart: what is left to gain is nothing beside it."""
+    return evolve(
+        s, energy=torch.where(restart, 0, s.energy), energy_seen=torch.where(restart, 0, s.energy_seen),
+        best=torch.where(restart, s.error, s.best), best_at=torch.where(restart, s.k, s.best_at),
+    )  # fmt: skip
 
 
 def _extremes(coefficients: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[Tensor, Tensor] | None:

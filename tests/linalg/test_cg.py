@@ -188,3 +188,23 @@ def test_a_residual_of_nothing_but_rounding_is_stagnated():
         solution = CG(rtol=1e-12)(A, b, start)
         assert solution.status == Status.STAGNATED
         assert solution.residual_norm <= 1e-6
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4])
+def test_a_tolerance_near_the_rounding_level_is_met(seed):
+    n = 400
+    matrix = spd(n, 1e4)
+    A = FunctionOperator(lambda v: v @ matrix, (n, n), DOUBLE, symmetric=True)
+    b = rand(n, seed=seed)
+    solution = CG(rtol=1e-12, max_iter=5000)(A, b)
+    assert solution.status == Status.CONVERGED
+    assert float(true_residual(matrix, solution.x, b)) <= 1.5e-12 * float(b.norm())
+
+
+def test_what_no_arithmetic_can_reach_ends_at_the_rounding_level():
+    n = 200
+    matrix, b = spd(n, 1e6), rand(n, seed=1)
+    solution = CG(rtol=1e-12, max_iter=20000)(Dense(matrix, symmetric=True), b)
+    floor = torch.finfo(DOUBLE).eps * 1e6 * float(torch.linalg.solve(matrix, b).norm())
+    assert solution.status == Status.STAGNATED
+    assert float(true_residual(matrix, solution.x, b)) <= 10 * floor
