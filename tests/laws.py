@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.linalg import Dense, LinearOperator, LinearSolver, Solution, Status, Statuses
+from nestopt.linalg import Dense, Diagonal, Hessian, LinearOperator, LinearSolver, Solution, Status, Statuses
 
 DOUBLE = torch.float64
 SIDES = [(), (3,), (2, 1, 3)]
@@ -162,7 +162,7 @@ def check_linear_solver(make: Callable[[], LinearSolver], promises: Promises, dt
     """
     for law in (
         check_truth, check_zero, check_warm_start, check_names, check_shapes, check_batches, check_mixed_block,
-        check_scale, check_refusals,
+        check_scale, check_refusals, check_made_operators,
     ):  # fmt: skip
         law(make(), promises, dtype)
 
@@ -393,3 +393,17 @@ def check_refusals(solver: LinearSolver, promises: Promises, dtype: torch.dtype)
     loose = type(solver)(**{**vars(solver), "rtol": 0.0, "atol": 0.5})
     solution = loose(A, b)
     assert solution.status == C and solution.tolerance == 0.5
+
+
+def check_made_operators(solver: LinearSolver, promises: Promises, dtype: torch.dtype) -> None:
+    """A Hessian, and operators made of others, are solved like the matrices that they are."""
+    n = 8
+    factor = torch.linalg.cholesky(spd(n, 2.0, seed=20)).to(dtype)
+    centre = rand(n, seed=21, dtype=dtype)
+    H = Hessian(lambda y: (y @ factor).square().sum() + 0.1 * (y - centre).cosh().log().sum(), 0 * centre)
+    half = Dense(factor.mT)
+    for A in (H, half.T @ half, 2.0 * H.shift(0.5) + Diagonal(torch.linspace(1, 2, n, dtype=dtype))):
+        b = rand(2, n, seed=22, dtype=dtype)
+        solution = solver(A, b)
+        verify(solution, A.to_dense(), b)
+        assert members(solution) == [C, C]
