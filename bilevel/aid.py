@@ -57,9 +57,11 @@ class AID(Method):
     Args:
         upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set, which need no tuning;
             ConstantStep(size) for stochastic data or to follow a paper.
-        lower_solver: NewtonCG() for up to about 1e5 variables, LBFGS() beyond, GradientDescent(max_iter=k) for k-step
-            AID; its accuracy limits the hypergradient's.
-        linear_solver: CG(); Cholesky() below a few hundred lower variables; Neumann(terms) to follow a paper.
+        lower_solver: NewtonCG() for up to about 1e5 variables, LBFGS() beyond, LazyNewton() below a few hundred,
+            LevenbergMarquardt() where f is loss(mark_outputs(model(y))) with few outputs, GradientDescent(max_iter=k)
+            for k-step AID; its accuracy limits the hypergradient's.
+        linear_solver: CG(); Cholesky() below a few hundred lower variables; Recycled(CG(), rank=30) where its products
+            are dear and a few dozen eigenvalues stand out; Neumann(terms) to follow a paper.
         stopping: rtol None is 1e-9 in float64 and 1e-4 in float32.
         warm_start: False to start each lower and adjoint solve anew from the first ones; where y*(x) is not unique the
             two converge to different answers (Vicol et al. 2022).

@@ -132,7 +132,7 @@ def by_columns(solve: Callable[[Tensor], Tensor], b: Tensor, batch: torch.Size) 
         The solution, of b's shape.
     """
     sides = b.ndim - 1 - len(batch)
-    columns = b.reshape(-1, *batch, b.shape[-1]).movedim(0, -1) if sides else b[..., None]
+    columns = b.flatten(0, sides - 1).movedim(0, -1) if sides else b[..., None]
     x = solve(columns)
     return x.movedim(-1, 0).reshape(b.shape) if sides else x[..., 0]
 

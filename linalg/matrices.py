@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .operator import LinearOperator
 
-__all__ = ["Dense", "Diagonal", "FunctionOperator", "Identity"]
+__all__ = ["Dense", "Diagonal", "FunctionOperator", "Identity", "dense_product"]
 
 
 class Dense(LinearOperator):
@@ -50,16 +50,16 @@ class Dense(LinearOperator):
                 )
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return _dense_product(self.matrix, v)
+        return dense_product(self.matrix, v)
 
     def _rmatvec(self, v: Tensor) -> Tensor:
-        return _dense_product(self.matrix.mT, v)
+        return dense_product(self.matrix.mT, v)
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
         """B - A x, in float64 whatever the dtype, so that a float32 solve is judged by its true residual."""
         if self.dtype == torch.float64:
             return b - self._matvec(x)
-        exact = b.double() - _dense_product(self.matrix.double(), x.double())
+        exact = b.double() - dense_product(self.matrix.double(), x.double())
         return exact.to(self.dtype)
 
     def certified_residual(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +77,14 @@ class Dense(LinearOperator):
         return self.matrix
 
 
-def _dense_product(matrix: Tensor, v: Tensor) -> Tensor:
+def dense_product(matrix: Tensor, v: Tensor) -> Tensor:
+    """A v for a matrix (*batch, m, n) and v of shape (*sides, *batch, n), one product a system."""
     if matrix.ndim == 2:
         return v @ matrix.mT
     sides = v.ndim - matrix.ndim + 1  # many right-hand sides become the columns of one product a system
     if sides == 0:
         return (matrix @ v[..., None])[..., 0]
-    flat = v.reshape(-1, *v.shape[sides:])
+    flat = v.flatten(0, sides - 1)
     out = (matrix @ flat.movedim(0, -1)).movedim(-1, 0)
     return out.reshape(*v.shape[:sides], *out.shape[1:])
 

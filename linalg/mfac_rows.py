@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .matrices import _dense_product as product
+from .dense import by_columns
+from .matrices import dense_product as product
 
 __all__ = ["Rows", "product", "solve_factored"]
 
@@ -18,11 +19,7 @@ _STRIP = 4096, 32  # columns, rows: how far products are summed in float32 befor
 
 def solve_factored(L: Tensor, t: Tensor) -> Tensor:
     """(L L')^-1 t for t of shape (*sides, *batch, m) and L of shape (*batch, m, m)."""
-    sides = t.ndim - L.ndim + 1
-    if not sides:
-        return torch.cholesky_solve(t[..., None], L)[..., 0]
-    columns = t.reshape(-1, *t.shape[sides:]).movedim(0, -1)
-    return torch.cholesky_solve(columns, L).movedim(-1, 0).reshape(t.shape)
+    return by_columns(lambda columns: torch.cholesky_solve(columns, L), t, L.shape[:-2])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,24 @@
 import pytest
 import torch
-from laws import check_operator, rand, spd
+from laws import C, check_operator, members, rand, spd
 from torch import nn
 
-from nestopt.linalg import Dense, Diagonal, FunctionOperator, GaussNewton, Hessian, Identity, Jacobian
+from nestopt.linalg import (
+    CG,
+    GMRES,
+    LDL,
+    LU,
+    MINRES,
+    Auto,
+    Cholesky,
+    Dense,
+    Diagonal,
+    FunctionOperator,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Jacobian,
+)
 
 DOUBLE = torch.float64
 
@@ -118,3 +133,13 @@ def test_finished_columns_cost_no_product():
     out = A.active_matvec(rand(4, 3), torch.tensor([True, False, True, False]))
     assert seen == [(2, 3)]
     assert torch.equal(out[1], torch.zeros(3, dtype=DOUBLE))
+
+
+def test_batches_of_systems_without_unknowns(dtype):
+    A = Dense(torch.zeros(3, 0, 0, dtype=dtype), symmetric=True)
+    b = torch.zeros(2, 3, 0, dtype=dtype)
+    assert (A @ b).shape == b.shape
+    for solver in (CG(), MINRES(), GMRES(), LU(), Cholesky(), LDL(), Auto()):
+        solution = solver(A, b)
+        assert solution.x.shape == b.shape
+        assert members(solution) == [C] * 6
