@@ -123,7 +123,7 @@ class ProgressBar(Callback):
     def finish(self, state: Any) -> None:
         """Write the status in the bar's place and close it."""
         self._bar.bar_format = f"{{desc}}: {state.status.name} after {{n_fmt}} steps in {{elapsed}}{{postfix}}"
-        self._bar.set_postfix(value=f"{float(state.value):.6g}", error=f"{float(state.error):.1e}")
+        self._bar.set_postfix(value=f"{float(state.value):.6g}", error=f"{float(state.error):.1e}", refresh=False)
         self._bar.close()
 
 

@@ -143,7 +143,8 @@ def _strength(pivots: Tensor, summands: Tensor) -> Tensor:
     n = pivots.shape[-1]
     if not n:
         return pivots.new_full(pivots.shape[:-1], torch.inf)
-    return (pivots.abs() / (n * torch.finfo(pivots.dtype).eps * summands)).nan_to_num(0.0).amin(-1)
+    strength = pivots.abs() / (n * torch.finfo(pivots.dtype).eps * summands)
+    return torch.where(summands == 0, 0, strength).amin(-1)  # a pivot of nothing is the weakest there is
 
 
 def faults_of(matrix: Tensor, strength: Tensor) -> Tensor:

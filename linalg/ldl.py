@@ -187,8 +187,8 @@ def _pivots(factors: Tensor, swaps: Tensor) -> tuple[Tensor, Tensor]:
     noise, next_noise, off_noise = eps * summands, eps * next_summands, eps * beside
     determinant_noise = D.abs() * next_noise + (next_D.abs() + next_noise) * noise
     determinant_noise = determinant_noise + (2 * off.abs() + off_noise) * off_noise
-    single = (D.abs() / noise).nan_to_num(0.0)
-    block = ((D * next_D - off.square()).abs() / determinant_noise).nan_to_num(0.0)
+    single = torch.where(noise == 0, 0, D.abs() / noise)  # summed from nothing: the weakest pivot there is
+    block = torch.where(determinant_noise == 0, 0, (D * next_D - off.square()).abs() / determinant_noise)
     strength = torch.where(pair, torch.where(first, block, torch.inf), single)
 
     mean, half = (D + next_D) / 2, torch.hypot((D - next_D) / 2, off)

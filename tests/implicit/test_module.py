@@ -74,11 +74,17 @@ def test_copies_are_independent(duplicate, generator):
 
 
 def test_save_and_load(generator):
-    model = layer()
+    model, other = layer(), layer()
+    x = torch.randn(4, 3, generator=generator, dtype=D)
+    with torch.no_grad():
+        other.function.linear.weight.add_(1.0)
+    before = model(torch.zeros_like(x), x)
+    assert not torch.equal(other(torch.zeros_like(x), x), before)
     stream = io.BytesIO()
     torch.save(model.state_dict(), stream)
     stream.seek(0)
-    model.load_state_dict(torch.load(stream))
+    other.load_state_dict(torch.load(stream))
+    assert torch.equal(other(torch.zeros_like(x), x), before)
 
 
 def test_to_moves_everything(generator):
