@@ -6,29 +6,52 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import optree
 import torch
 from torch import Tensor
 
+from nestopt.implicit.jacobian import SystemJacobian
+from nestopt.linalg import LinearOperator
 from nestopt.linalg.tree import leaf_paths, named_tree
 
-__all__ = ["Ball", "Box", "Set", "Simplex", "WholeSpace", "project"]
+from .opaque import check_every
+from .structured import DiagonalPlusLowRank
+
+__all__ = [
+    "Ball",
+    "Box",
+    "Set",
+    "Simplex",
+    "WholeSpace",
+    "check_number",
+    "clamp",
+    "kept_nan",
+    "project",
+    "simplex_support",
+]
 
 
 class Set(ABC):
     """A closed convex set C, known by its projection P(x) = argmin over z in C of |z - x|.
 
-    The space is x's LAST dimension and everything before it is batch. Projections are differentiable in x (and in the
-    set's tensors) wherever they are smooth, and NaN stays NaN. A subclass writes `_project`.
+    The space is x's LAST dimension (the last TWO where `space_dims` is 2, for sets of matrices) and everything before
+    it is batch. Projections are differentiable to any order in x, and in the set's own tensors, wherever they are
+    smooth; NaN stays NaN. A tensor of the set with one value an item (a radius, a level) has shape (*batch,).
+
+    P has a generalised Jacobian everywhere, `jacobian`: symmetric, with eigenvalues in [0, 1]. A subclass writes
+    `_project`, and `_jacobian` where a formula beats automatic differentiation.
     """
+
+    space_dims: ClassVar[int] = 1
+    convex: ClassVar[bool] = True
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the set.
 
         Args:
-            x: shape (*batch, n).
+            x: shape (*batch, n), or (*batch, m, n) for a set of matrices.
 
         Returns:
             A tensor of x's shape and dtype.
@@ -37,16 +60,36 @@ class Set(ABC):
             TypeError: if x is not a floating tensor.
             ValueError: if its shape, dtype or device does not fit the set.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{type(self).__name__}.project: x must be a real floating tensor, but got {kind}.")
+        self._check(x, "project")
         return self._project(x)
+
+    def distance(self, x: Tensor) -> Tensor:
+        """|x - P(x)|, for each item of the batch, differentiable outside the set; NaN is far from every set.
+
+        Args:
+            x: as for `project`.
+
+        Returns:
+            The Euclidean distances, of shape (*batch,).
+
+        Raises:
+            TypeError: see `project`.
+            ValueError: see `project`.
+        """
+        gap = x - self.project(x)
+        flat = gap.flatten(-self.space_dims) if gap.ndim >= self.space_dims else gap[None]
+        unit = flat.detach().abs().amax(-1, keepdim=True) if flat.shape[-1] else flat.new_zeros((*flat.shape[:-1], 1))
+        apart = unit > 0
+        unit = torch.where(unit == 0, 1, unit)  # so that nothing overflows
+        # a norm of ones where the point is inside: the norm has no derivative at zero
+        norm = torch.linalg.vector_norm(torch.where(apart, flat / unit, 1), dim=-1)
+        return torch.where(flat.isnan().any(-1), torch.nan, torch.where(apart[..., 0], unit[..., 0] * norm, 0))
 
     def contains(self, x: Tensor, atol: float | None = None) -> Tensor:
         """Whether |x - P(x)| <= atol, for each item of the batch; NaN is in no set.
 
         Args:
-            x: shape (*batch, n).
+            x: as for `project`.
             atol: tolerated distance; None for 10 eps max(1, |x|).
 
         Returns:
@@ -56,16 +99,68 @@ class Set(ABC):
             TypeError: see `project`.
             ValueError: see `project`.
         """
-        gap = x - self.project(x)
-        distance, size = (v.abs() if v.ndim == 0 else torch.linalg.vector_norm(v, dim=-1) for v in (gap, x))
-        return distance <= (10 * torch.finfo(x.dtype).eps * size.clamp_min(1.0) if atol is None else atol)
+        distance = self.distance(x)
+        if atol is not None:
+            return distance <= atol
+        flat = x.flatten(-self.space_dims) if x.ndim >= self.space_dims else x[None]
+        size: Tensor = torch.linalg.vector_norm(flat, dim=-1)
+        return distance <= 10 * torch.finfo(x.dtype).eps * size.clamp_min(1.0)
+
+    def jacobian(self, x: Tensor) -> LinearOperator:
+        """An element D of the generalised Jacobian of P at x, as an operator that is cut from every graph.
+
+        D is dP/dx where P is smooth, and at a kink one of its limits: which one, the set documents. It is symmetric,
+        and 0 <= D <= I, because P is the gradient of a convex function and non-expansive.
+
+        Args:
+            x: shape (*batch, n), or (*batch, m, n) for a set of matrices.
+
+        Returns:
+            An operator of shape (*batch, n, n); for a set of matrices (*batch, m n, m n), on matrices flattened by
+            rows.
+
+        Raises:
+            TypeError: see `project`.
+            ValueError: see `project`, and if x is 0-d.
+        """
+        self._check(x, "jacobian")
+        self._need_space(x)
+        return self._jacobian(x.detach())
 
     @abstractmethod
     def _project(self, x: Tensor) -> Tensor:
         """The projection of a floating tensor."""
 
-    def _fit(self, value: float | Tensor, x: Tensor, name: str) -> Tensor:
-        """A number or tensor of the set as a tensor that broadcasts to x, or an error that says why it does not."""
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        """The generalised Jacobian at a detached x: here by automatic differentiation of `_project`."""
+        space = x.shape[x.ndim - self.space_dims :]
+
+        def flat(y: Tensor) -> Tensor:
+            return self._project(y.reshape(*y.shape[:-1], *space)).flatten(-self.space_dims)
+
+        with torch.inference_mode(False):
+            return SystemJacobian(flat, x.flatten(-self.space_dims).clone(), (), (), symmetric=True)
+
+    def _check(self, x: Tensor, method: str) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{type(self).__name__}.{method}: x must be a real floating tensor, but got {kind}.")
+
+    def _fit(self, value: float | Tensor, x: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:
+        """A number or tensor of the set as a tensor that broadcasts to x, or an error that says why it does not.
+
+        Args:
+            value: the number or tensor.
+            x: the point.
+            name: of the value.
+            shape: that the value must broadcast to, None for x's.
+
+        Returns:
+            The value as a tensor of x's dtype and device.
+
+        Raises:
+            ValueError: for another dtype or device, or a shape that does not broadcast.
+        """
         owner = type(self).__name__
         if not isinstance(value, Tensor):
             return x.new_tensor(value)
@@ -74,20 +169,63 @@ class Set(ABC):
                 f"{owner}: {name} is {value.dtype} on {value.device}, but x is {x.dtype} on {x.device}; convert one "
                 "with .to()."
             )
-        if value.ndim > x.ndim or any(a not in (1, b) for a, b in zip(value.shape[::-1], x.shape[::-1], strict=False)):
+        shape = x.shape if shape is None else shape
+        if value.ndim > len(shape) or any(
+            a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1], strict=False)
+        ):
             raise ValueError(
                 f"{owner}: {name} of shape {tuple(value.shape)} does not broadcast to x of shape {tuple(x.shape)}."
             )
         return value
 
+    def _fit_item(self, value: float | Tensor, x: Tensor, name: str) -> Tensor:
+        """A number, or a tensor with one value an item of the batch, with dimensions of size 1 for the space."""
+        fitted = self._fit(value, x, name, x.shape[: x.ndim - self.space_dims])
+        return fitted[(..., *(None,) * self.space_dims)] if fitted.ndim else fitted
+
     def _need_space(self, x: Tensor) -> None:
-        if x.ndim == 0:
-            raise ValueError(f"{type(self).__name__}: x must have shape (*batch, n), but it is 0-d; use x[None].")
+        if x.ndim < self.space_dims:
+            if self.space_dims == 1:
+                raise ValueError(f"{type(self).__name__}: x must have shape (*batch, n), but it is 0-d; use x[None].")
+            raise ValueError(
+                f"{type(self).__name__}: x must have shape (*batch, m, n), but it has shape {tuple(x.shape)}."
+            )
+
+
+def check_number(owner: str, name: str, value: float | Tensor, *, positive: bool = False) -> None:
+    """Refuse a radius or scale, a number or a tensor of them, that is not finite and >= 0 (or > 0).
+
+    Args:
+        owner: the set's name.
+        name: of the value.
+        value: number or floating tensor.
+        positive: whether zero is refused as well.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    bound = "> 0" if positive else ">= 0"
+    if isinstance(value, Tensor):
+        v = value.detach()
+        valid = ((v > 0) if positive else (v >= 0)) & (v < math.inf)
+        check_every(valid, f"{owner}: every {name} must be a finite number {bound}; look for NaN and signs.")
+    elif not (0 < value < math.inf if positive else 0 <= value < math.inf):
+        raise ValueError(f"{owner}: {name} must be a finite number {bound}, but got {value}.")
+
+
+def kept_nan(x: Tensor, mask: Tensor) -> Tensor:
+    """The mask as numbers of x's dtype, NaN where x is NaN."""
+    return torch.where(x.isnan(), torch.nan, mask.to(x.dtype))
+
+
+def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clamp x, without the derivative that torch.clamp passes on at x = low = high, where there is nothing to move."""
+    return torch.where((low == high) & ~x.isnan(), (low + high) / 2, torch.clamp(x, low, high))
 
 
 @dataclass(frozen=True)
 class WholeSpace(Set):
-    """All of the space: the projection is the identity.
+    """All of the space: the projection is the identity, and so is its Jacobian.
 
     Example:
         >>> WholeSpace().project(torch.ones(2))
@@ -97,10 +235,16 @@ class WholeSpace(Set):
     def _project(self, x: Tensor) -> Tensor:
         return x
 
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        return DiagonalPlusLowRank(torch.ones_like(x))
+
 
 @dataclass(frozen=True, eq=False)
 class Box(Set):
     """{x: low <= x <= high}, elementwise; x may have any shape that the bounds broadcast to, 0-d included.
+
+    The Jacobian is diagonal, 1 for an entry within its bounds and 0 outside. At a kink: a free entry on its bound
+    counts as within; where low = high the entry is fixed, and its derivative goes to both bounds in halves.
 
     Args:
         low: number or tensor; -inf for none.
@@ -123,26 +267,35 @@ class Box(Set):
             b if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float64) for b in (self.low, self.high)
         )
         try:
-            valid = bool((low.detach().double() <= high.detach().double()).all())
+            valid = low.detach().double() <= high.detach().double()
         except RuntimeError as error:
             raise ValueError(
                 f"Box: low and high must broadcast, but they have shapes {tuple(low.shape)} and {tuple(high.shape)}."
             ) from error
-        if not valid:
-            raise ValueError(
-                "Box: low <= high must hold in every entry, and it does not; look for NaN and swapped bounds."
-            )
+        check_every(
+            valid, "Box: low <= high must hold in every entry, and it does not; look for NaN and swapped bounds."
+        )
+
+    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fit(self.low, x, "low"), self._fit(self.high, x, "high")
 
     def _project(self, x: Tensor) -> Tensor:
-        return torch.clamp(x, self._fit(self.low, x, "low"), self._fit(self.high, x, "high"))
+        return clamp(x, *self._bounds(x))
+
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        low, high = self._bounds(x)
+        return DiagonalPlusLowRank(kept_nan(x, (low <= x) & (x <= high) & (low < high)))
 
 
 @dataclass(frozen=True, eq=False)
 class Ball(Set):
     """{x: |x - center|_2 <= radius}.
 
+    With d = x - center, the Jacobian is I inside, and (radius / |d|)(I - d d' / |d|^2) outside. At a kink, |d| =
+    radius, the point counts as inside.
+
     Args:
-        radius: number >= 0.
+        radius: number >= 0, or a tensor of shape (*batch,) of them.
         center: number, or tensor of shape (n,) or (*batch, n).
 
     Raises:
@@ -153,36 +306,64 @@ class Ball(Set):
         tensor([0.6000, 0.8000])
     """
 
-    radius: float = 1.0
+    radius: float | Tensor = 1.0
     center: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.radius < math.inf:
-            raise ValueError(
-                f"Ball: radius must be a finite number >= 0, but got {self.radius}; use WholeSpace() for all."
-            )
+        check_number("Ball", "radius (WholeSpace() is the ball without one)", self.radius)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _outward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The center, the radius, whether x is outside, x's direction from the center, and its distance / radius."""
         self._need_space(x)
-        center = self._fit(self.center, x, "center")
+        center, radius = self._fit(self.center, x, "center"), self._fit_item(self.radius, x, "radius")
         d = x - center
         largest = d.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        outside = torch.linalg.vector_norm(d / largest, dim=-1, keepdim=True) > self.radius / largest
+        size = torch.linalg.vector_norm(d.detach() / largest, dim=-1, keepdim=True)
+        outside = (size > radius.detach() / largest) | (radius == 0)
         # where twice: inside, the norm may be zero, and its derivative must not be asked for
-        direction = torch.where(outside, d / largest, 1.0)
-        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        return torch.where(outside, center + self.radius * direction, x)
+        scaled = torch.where(outside & (size != 0), d / largest, 1.0)
+        direction = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        return center, radius, outside, direction, radius.detach() / largest / size
+
+    def _project(self, x: Tensor) -> Tensor:
+        center, radius, outside, direction, _ = self._outward(x)
+        return torch.where(outside, center + radius * direction, x)
+
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        _, radius, outside, direction, ratio = self._outward(x)
+        shrunk = torch.where(outside, torch.where(radius == 0, 0.0, ratio), 1.0)
+        shrunk = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, shrunk)
+        weight = torch.where(outside, -shrunk, 0.0)
+        return DiagonalPlusLowRank(shrunk.expand_as(x), direction.detach()[..., None, :], weight)
 
 
-@dataclass(frozen=True)
+def simplex_support(x: Tensor, scale: Tensor) -> Tensor:
+    """Where max(x - theta, 0) is positive for the theta that makes its sum equal to scale: a constant.
+
+    Args:
+        x: shape (*batch, n), the largest entry of the order of zero.
+        scale: positive, of shape (*batch, 1) or a number.
+
+    Returns:
+        A boolean tensor of x's shape; all False for an item with NaN.
+    """
+    x, scale = x.detach(), scale.detach()
+    u = x.sort(dim=-1, descending=True).values
+    count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    size = (u * count > u.cumsum(-1) - scale).sum(-1, keepdim=True)
+    return (x >= u.gather(-1, (size - 1).clamp_min(0))) & (size > 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Simplex(Set):
     """{x: x >= 0, sum x = scale}, in the last dimension.
 
     P(x) = max(x - theta, 0), theta found exactly from the sorted entries; the largest entry is subtracted first, so
-    that entries of 1e9 lose nothing. -inf is allowed and gives 0.
+    that entries of 1e9 lose nothing. -inf is allowed and gives 0. With s the indicator of the support P(x) > 0, the
+    Jacobian is diag(s) - s s' / sum(s); at a kink, entries with x = theta are not in the support.
 
     Args:
-        scale: positive number.
+        scale: positive number, or a tensor of shape (*batch,) of them.
 
     Raises:
         ValueError: if scale is not positive and finite.
@@ -195,22 +376,28 @@ class Simplex(Set):
         tensor([0.5000, 0.5000, 0.0000])
     """
 
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"Simplex: scale must be positive and finite, but got {self.scale}.")
+        check_number("Simplex", "scale", self.scale, positive=True)
+
+    def _supported(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._need_space(x)
+        if x.shape[-1] == 0:
+            raise ValueError("Simplex: x has no entries, and none can sum to a positive scale.")
+        scale = self._fit_item(self.scale, x, "scale")
+        x = x - x.detach().amax(-1, keepdim=True)  # the projection does not change along (1, ..., 1)
+        return x, scale, simplex_support(x, scale)
 
     def _project(self, x: Tensor) -> Tensor:
-        self._need_space(x)
-        x = x - x.detach().amax(-1, keepdim=True)  # the projection does not change along (1, ..., 1)
-        with torch.no_grad():
-            u = x.sort(dim=-1, descending=True).values
-            count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-            size = (u * count > u.cumsum(-1) - self.scale).sum(-1, keepdim=True)
-            support = x >= u.gather(-1, (size - 1).clamp_min(0))
-        theta = (torch.where(support, x, 0).sum(-1, keepdim=True) - self.scale) / support.sum(-1, keepdim=True)
-        return (x - theta).clamp_min(0)
+        x, scale, support = self._supported(x)
+        theta = (torch.where(support, x, 0).sum(-1, keepdim=True) - scale) / support.sum(-1, keepdim=True)
+        return torch.where(support | x.isnan(), (x - theta).clamp_min(0), 0)
+
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        x, _, support = self._supported(x)
+        s = kept_nan(x, support)
+        return DiagonalPlusLowRank(s, s[..., None, :], -1 / s.sum(-1, keepdim=True))
 
 
 def project(sets: Any, tree: Any) -> Any:

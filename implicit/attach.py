@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .border import Border, Equation
+from .border import Border, Equation, Operands
 from .options import Options
 from .pullback import pairing, pull, restrict
+from .recomputation import recomputed
 from .system import System
 from .transforms import alive, forward_mode, over_batched_gradients, recording, tracked, transformed, within_jvp
+from .unroll import Unroll
 
 __all__ = ["attach_derivative"]
 
@@ -43,7 +46,7 @@ class _Root(torch.autograd.Function):
             if not transformed() and not torch.is_grad_enabled():
                 pulled = system.at(y, theta).jacobian.pull(u, wanted)
             else:
-                residual = restrict(system.function, [y, *theta], [i + 1 for i in wanted])
+                residual = restrict(system.residual, [y, *theta], [i + 1 for i in wanted])
                 pulled = pull(residual, [theta[i] for i in wanted], [u])
         return None, None, *_scatter(pulled, wanted, len(theta))
 
@@ -51,7 +54,7 @@ class _Root(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         given, dots = _given((None, *tangents[2:]))
         with within_jvp(ctx, dots) as operands:
-            residual = restrict(ctx.system.function, operands, given)
+            residual = restrict(ctx.system.residual, operands, given)
             # B theta_dot, as the transpose of s -> B's: many operations have no forward mode
             inputs = [operands[i] for i in given]
             (moved,) = pull(lambda s: tuple(pull(residual, inputs, [s])), [torch.zeros_like(operands[0])], dots)
@@ -88,7 +91,7 @@ class _LinearSolve(torch.autograd.Function):
             w = _solve(system, not transposed, v, *operands)
             # v'du = w'(db - dA u), and u'(db - dA w) for the transpose
             left, right = (u, w) if transposed else (w, u)
-            pulled = pairing(system.function, operands, wanted, left, -right)
+            pulled = pairing(system.residual, operands, wanted, left, -right)
         return None, None, w, *_scatter(pulled, wanted, len(operands))
 
     @staticmethod
@@ -99,7 +102,7 @@ class _LinearSolve(torch.autograd.Function):
 
             def transpose(s: Tensor) -> tuple[Tensor, ...]:  # of (y_dot, theta_dot) -> A_dot u
                 left, right = (u, s) if transposed else (s, u)
-                return tuple(pairing(system.function, operands, given, left, right))
+                return tuple(pairing(system.residual, operands, given, left, right))
 
             if given:
                 b_dot = b_dot - pull(transpose, [torch.zeros_like(u)], dots)[0]
@@ -125,6 +128,125 @@ class _LinearSolve(torch.autograd.Function):
             b = b.movedim(b_dim, place)
         batched, *operands = [system, y, *theta] if same else _more_systems(info, dims, system, y, theta)
         return _apply(_LinearSolve, batched, transposed, b, *operands), place
+
+
+class _Held(torch.autograd.Function):
+    """y as the start of unrolled steps: nothing passes it, but what arrives is measured.
+
+    theta is an input for one reason: a node that needs no gradient is not visited by a backward pass.
+    """
+
+    @staticmethod
+    def forward(system: System, y: Tensor, *theta: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.system = inputs[0]
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None) -> Any:
+        if v is not None:
+            with torch.no_grad():
+                over_batched_gradients(lambda rows: _apply(_Noted, ctx.system, rows), v.detach())
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return torch.zeros_like(alive(ctx.saved_tensors)[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], system: System, y: Tensor, *theta: Tensor
+    ) -> tuple[Tensor, int]:
+        return _apply(_Held, *_more_systems(info, in_dims[1:], system, y, theta)), 0
+
+
+class _Noted(torch.autograd.Function):
+    """Records a cotangent's size, outside of every transform."""
+
+    @staticmethod
+    def forward(system: System, v: Tensor) -> Tensor:
+        system.note(v)
+        return torch.zeros_like(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], system: System, v: Tensor) -> tuple[Tensor, int]:
+        return _apply(_Noted, system, v.movedim(in_dims[1] or 0, 0)), 0
+
+
+class _Sizes(torch.autograd.Function):
+    """The step sizes at a point of plain tensors; they have no derivative."""
+
+    @staticmethod
+    def forward(system: System, y: Tensor, *theta: Tensor) -> Tensor:
+        return system.step_sizes(y, theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], system: System, y: Tensor, *theta: Tensor
+    ) -> tuple[Tensor, int]:
+        return _apply(_Sizes, *_more_systems(info, in_dims[1:], system, y, theta)), 0
+
+
+class _Replaced(torch.autograd.Function):
+    """y with the derivative of z; where y is NaN, so is the derivative of whatever asks for it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, z: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        return None, _blanked(alive(ctx.saved_tensors)[0], v)
+
+    @staticmethod
+    def jvp(ctx: Any, y_dot: Tensor | None, z_dot: Tensor) -> Tensor:
+        return _blanked(alive(ctx.saved_tensors)[0], z_dot)
+
+
+def _blanked(y: Tensor, v: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(y).all(-1, keepdim=True) | (v == 0), v, torch.nan)
+
+
+def _unrolled(system: System, operands: Operands, unroll: Unroll) -> Tensor:
+    """y, certified, with the derivative of further steps from it."""
+    held = [tensor.detach() for tensor in operands.theta]
+    y = _apply(_Root, system, operands.y, *held)
+    is_map = system.border.equation.is_map
+    sizes = torch.ones_like(y[..., 0]) if is_map else _apply(_Sizes, system, operands.y, *held)
+    z = _apply(_Held, system, y.detach(), *operands.theta)
+
+    def run(z: Tensor, sizes: Tensor, *theta: Tensor, steps: int) -> Tensor:
+        for _ in range(steps):
+            z = z - sizes[..., None] * system.residual(z, *theta)
+        return z
+
+    segment = unroll.checkpoint or unroll.steps
+    for done in range(0, unroll.steps, segment):
+        steps = partial(run, steps=min(segment, unroll.steps - done))
+        if unroll.checkpoint is None:
+            z = steps(z, sizes, *operands.theta)
+        else:
+            ((z,), _) = recomputed(lambda *tensors, steps=steps: ((steps(*tensors),), ()), z, sizes, *operands.theta)
+    return _apply(_Replaced, y, z)
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -175,7 +297,7 @@ def attach_derivative(
     """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(attach_derivative)(equation, function, y, theta, options)  # type: ignore[no-untyped-call]
-    options.check(equation.owner)
+    options.check(equation.owner, equation.is_map)
     if torch.is_inference_mode_enabled():  # where nothing is recorded, but y is certified all the same
         with torch.inference_mode(False), torch.no_grad():
             return attach_derivative(equation, function, y, theta, options)
@@ -188,4 +310,6 @@ def attach_derivative(
     )  # fmt: skip
     if transformed() or forward_mode():
         system.guard(operands)
+    if isinstance(options.solver, Unroll) and differentiated:
+        return border.ravel.unflatten(_unrolled(system, operands, options.solver))
     return border.ravel.unflatten(_apply(_Root, system, operands.y, *operands.theta))

@@ -25,12 +25,14 @@ class Equation:
         solution: what y is said to be.
         role: what the user's function is called.
         residual: R from the border, the vector of y, and the tensors of theta.
+        is_map: whether the user's function is a map T, and R is y - T(y, theta).
     """
 
     owner: str
     solution: str
     role: str
     residual: Callable[[Border, Tensor, Sequence[Tensor]], Tensor]
+    is_map: bool = False
 
 
 @dataclass(frozen=True)

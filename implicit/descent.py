@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestopt.linalg import Status
 
+from .batched_descent import BatchedDescent
 from .line_search import MEMORY, nonmonotone_search, spectral_size
 from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
@@ -80,6 +81,12 @@ class GradientDescent(Minimizer):
             raise ValueError(
                 f"GradientDescent: step_size must be positive and finite, but got {self.step_size}; None chooses it."
             )
+
+    def _batched(self) -> BatchedDescent:
+        return BatchedDescent(
+            owner="GradientDescent", rtol=self.rtol, atol=self.atol, max_iter=self.max_iter,
+            step_size=self.step_size,
+        )  # fmt: skip
 
     def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
         point = f.differentiate(f.evaluate(y))

@@ -10,6 +10,7 @@ from torch import Tensor
 from nestopt.linalg import LinearSolver
 
 from .attach import attach_derivative
+from .backward_pass import BackwardPass
 from .border import Border, Equation
 from .monitor import Monitor, OnFailure
 from .options import Options
@@ -22,7 +23,7 @@ def fixed_point(
     T: Callable[..., Any],
     y: Any,
     *theta: Any,
-    solver: LinearSolver | None = None,
+    solver: LinearSolver | BackwardPass | None = None,
     batch_dims: int = 0,
     symmetric: bool = False,
     on_failure: OnFailure = "raise",
@@ -84,4 +85,4 @@ def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor
     return vector - border.vector(border.call(vector, theta))
 
 
-_EQUATION = Equation("implicit.fixed_point", "a fixed point", "T", _residual)
+_EQUATION = Equation("implicit.fixed_point", "a fixed point", "T", _residual, is_map=True)

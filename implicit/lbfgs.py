@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .batched_lbfgs import BatchedLBFGS
 from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
 __all__ = ["LBFGS", "LBFGSState"]
@@ -75,6 +76,12 @@ class LBFGS(Minimizer):
         super().__post_init__()
         if not isinstance(self.history_size, int) or self.history_size < 1:
             raise ValueError(f"LBFGS: history_size must be an integer >= 1, but got {self.history_size!r}.")
+
+    def _batched(self) -> BatchedLBFGS:
+        return BatchedLBFGS(
+            owner="LBFGS", rtol=self.rtol, atol=self.atol, max_iter=self.max_iter,
+            history_size=self.history_size,
+        )  # fmt: skip
 
     def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
         point = f.differentiate(f.evaluate(y))

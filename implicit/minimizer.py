@@ -14,7 +14,7 @@ from torch import Tensor
 from nestopt.linalg import Result, Status, iterate
 from nestopt.linalg.autodiff import GraphOperator, evaluate, gradient
 from nestopt.linalg.cg import default_rtol
-from nestopt.linalg.result import Callback, check_stopping
+from nestopt.linalg.result import Callback, LoopState, check_stopping
 from nestopt.linalg.tree import Ravel
 
 __all__ = [
@@ -162,15 +162,15 @@ class MinimizeResult(Result):
     Attributes:
         x: the minimiser in the structure of y0: new tensors, without a graph.
         error: |grad f(x)|, from a fresh gradient at x.
-        tolerance: what the error was held against.
-        value: f(x).
-        evaluations: values of the objective that were spent.
+        tolerance: what the error was held against; a float, or a tensor over the batch.
+        value: f(x), likewise.
+        evaluations: values of the objective that were spent; with batch_dims, calls with the whole batch.
         gradients: gradients, likewise.
-        products: products with the Hessian, likewise.
+        products: products with the Hessian, likewise; with batch_dims, those of all items together.
     """
 
-    tolerance: float
-    value: float
+    tolerance: Any
+    value: Any
     evaluations: int
     gradients: int
     products: int
@@ -206,6 +206,7 @@ class Minimizer(ABC):
         y0: Any,
         tolerance: float | None = None,
         *,
+        batch_dims: int = 0,
         callbacks: Iterable[Callback] = (),
     ) -> MinimizeResult:
         """Minimise objective from y0.
@@ -216,6 +217,9 @@ class Minimizer(ABC):
                 `state` of an earlier result, perhaps of a slightly different objective: the run starts at its point
                 and keeps what the method had learnt of the curvature.
             tolerance: absolute tolerance for |grad|, in place of rtol and atol.
+            batch_dims: leading dimensions, the same in every leaf of y0, that count independent problems. objective
+                then takes the whole batch and returns one value an item; an item that has ended is frozen, and what
+                becomes of it changes no other. A state of such a run brings its own batch.
             callbacks: called with (iteration, state) after each step; a true return value ends the run as STOPPED.
 
         Returns:
@@ -223,8 +227,11 @@ class Minimizer(ABC):
 
         Raises:
             TypeError: if objective is not callable or returns no floating tensor, or a leaf of y0 is none.
-            ValueError: if objective returns no scalar, tolerance is negative, or y0 mixes dtypes or devices.
+            ValueError: if objective returns no scalar (an item), tolerance is negative, y0 mixes dtypes or devices, or
+                the method has no batched form.
         """
+        if batch_dims or _many(y0):
+            return self._batched().minimize(objective, y0, tolerance, batch_dims, callbacks)  # type: ignore[no-any-return]
         start = self.init(objective, y0, tolerance)
         s = iterate(
             lambda state: self.step(objective, state),
@@ -240,13 +247,16 @@ class Minimizer(ABC):
             gradients=s.gradients, products=s.products,
         )  # fmt: skip
 
-    def init(self, objective: Callable[[Any], Tensor], y0: Any, tolerance: float | None = None) -> Any:
+    def init(
+        self, objective: Callable[[Any], Tensor], y0: Any, tolerance: float | None = None, *, batch_dims: int = 0
+    ) -> Any:
         """The evaluated state at y0.
 
         Args:
             objective: see `__call__`.
             y0: see `__call__`.
             tolerance: see `__call__`.
+            batch_dims: see `__call__`.
 
         Returns:
             The state, of the method's own class; it costs one gradient.
@@ -256,6 +266,8 @@ class Minimizer(ABC):
             ValueError: see `__call__`.
         """
         name = type(self).__name__
+        if batch_dims or _many(y0):
+            return self._batched().init(objective, y0, tolerance, batch_dims)
         if not callable(objective):
             raise TypeError(f"{name}: objective must be a function of y, but got {type(objective).__name__}.")
         if tolerance is not None and not tolerance >= 0:
@@ -284,6 +296,8 @@ class Minimizer(ABC):
         Returns:
             The next state; the same one where the gradient is zero or NaN.
         """
+        if _many(state):
+            return self._batched().step(objective, state)
         if not bool(state.error > 0):
             return state  # a stationary point has no direction to leave by
         f = Objective(objective, state.ravel)
@@ -296,6 +310,13 @@ class Minimizer(ABC):
         )
         return new if new.point is state.point else _judge(state, new, self.patience)
 
+    def _batched(self) -> Any:
+        """The method for a batch of problems: a BatchedMinimizer."""
+        raise ValueError(
+            f"{type(self).__name__}: it minimises one problem at a time, but batch_dims > 0 was asked for; use LBFGS, "
+            "NewtonCG or GradientDescent, or minimise the sum over the batch with batch_dims=0."
+        )
+
     @abstractmethod
     def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
         """The evaluated starting point, and the fields that the method's state adds to MinimizerState."""
@@ -307,6 +328,11 @@ class Minimizer(ABC):
     def _release(self, s: Any) -> Any:
         """The state without graphs, for the result."""
         return s
+
+
+def _many(start: Any) -> bool:
+    """Whether this is the state of a run over a batch."""
+    return isinstance(start, LoopState) and not isinstance(start, MinimizerState)
 
 
 def _judge(old: MinimizerState, new: MinimizerState, patience: int) -> Any:

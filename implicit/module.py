@@ -9,10 +9,13 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from nestopt.linalg.result import Result
+from nestopt.linalg.result import Result, SolverError
 
+from .fixed_point_solver import FixedPointResult, FixedPointSolver
 from .fixed_points import fixed_point
+from .minimizer import Minimizer
 from .roots import root
+from .search import search
 from .stationary import argmin
 from .warm_start import WarmStart
 
@@ -30,8 +33,10 @@ class RootLayer(nn.Module):
 
     Args:
         function: module whose forward(y, *inputs) returns R, of y's structure and shapes.
-        find: (function of y, y0) -> y, or a Result with it; a minimiser for `ArgminLayer`, e.g. `NewtonCG()`. Its own
-            status is not asked: y is certified as a root, by `root`'s rtol and atol.
+        find: (function of y, y0) -> y, or a Result with it; e.g. `NewtonKrylov()` or `Broyden()`, `Anderson()` for a
+            `FixedPointLayer`, which are given `batch_dims` and run whole under vmap; a minimiser for `ArgminLayer`. Its
+            own status does not decide: y is certified as a root, by `root`'s rtol and atol. It is in a note of the
+            SolverError for a y that is none.
         options: keyword arguments of `root`: solver, batch_dims, on_failure, monitor, ...
 
     Raises:
@@ -46,11 +51,7 @@ class RootLayer(nn.Module):
         ...         self.linear = torch.nn.Linear(3, 3)
         ...     def forward(self, y, x):
         ...         return torch.tanh(self.linear(y) / 2 + x)
-        >>> def iterate(function, y):
-        ...     for _ in range(50):
-        ...         y = function(y)
-        ...     return y
-        >>> layer = implicit.FixedPointLayer(Cell(), iterate, batch_dims=1)
+        >>> layer = implicit.FixedPointLayer(Cell(), implicit.Anderson(), batch_dims=1)
         >>> x = torch.randn(5, 3)
         >>> layer(torch.zeros(5, 3), x).sum().backward()
         >>> layer.function.linear.weight.grad.shape
@@ -58,6 +59,7 @@ class RootLayer(nn.Module):
     """
 
     attach: ClassVar[Callable[..., Any]] = staticmethod(root)
+    solves_maps: ClassVar[bool] = False  # which of a FixedPointSolver's two problems this layer's module poses
 
     def __init__(self, function: nn.Module, find: Callable[[Callable[[Any], Any], Any], Any], **options: Any) -> None:
         super().__init__()
@@ -79,13 +81,37 @@ class RootLayer(nn.Module):
 
         Returns:
             y, of y0's structure.
+
+        Raises:
+            SolverError: for a y that the certificate refuses, if `on_failure` says so.
         """
         theta: Any = (dict(self.function.named_parameters()), dict(self.function.named_buffers()), *inputs)
+        evaluate = self._bind(y0)
+        y, found = self._find(evaluate, y0, theta)
+        try:
+            return self.attach(evaluate, y, *theta, **self.options)
+        except SolverError as error:
+            if isinstance(found, Result):
+                rate = f", with the observed rate {found.rate}" if isinstance(found, FixedPointResult) else ""
+                error.add_note(f"{type(self).__name__}: {type(self.find).__name__} ended as {found.status}{rate}.")
+            raise
+
+    def _bind(self, y0: Any) -> Callable[..., Any]:
+        """(y, parameters, buffers, *inputs) -> the module's value, the same one at every evaluation of this call."""
+        return self._evaluate
+
+    def _find(self, evaluate: Callable[..., Any], y0: Any, theta: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The computed y, and what `find` returned."""
+        find, batch_dims = self.find, self.options.get("batch_dims", 0)
+        if isinstance(find, FixedPointSolver):
+            run = find.fixed_point if self.solves_maps else find.root
+            owner = type(self).__name__
+            return search(lambda f, y, dims: run(f, y, batch_dims=dims), owner, evaluate, y0, theta, batch_dims)
         with torch.no_grad():
-            fixed = optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, theta)
-            found = self.find(lambda y: self._evaluate(y, *fixed), y0)
-        y = found.x if isinstance(found, Result) else found
-        return self.attach(self._evaluate, y, *theta, **self.options)
+            fixed: Any = optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, theta)
+            dims = {"batch_dims": batch_dims} if isinstance(find, Minimizer) and batch_dims else {}
+            found = find(lambda y: evaluate(y, *fixed), y0, **dims)
+        return (found.x if isinstance(found, Result) else found), found
 
     def _evaluate(self, y: Any, parameters: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Any) -> Any:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -99,11 +125,12 @@ class FixedPointLayer(RootLayer):
 
     Args:
         function: module whose forward(y, *inputs) returns T, of y's structure and shapes.
-        find: (T as a function of y, y0) -> y, or a Result with it.
+        find: (T as a function of y, y0) -> y, or a Result with it; e.g. `Anderson()`, `Picard()` or `Broyden()`.
         options: keyword arguments of `fixed_point`.
     """
 
     attach: ClassVar[Callable[..., Any]] = staticmethod(fixed_point)
+    solves_maps: ClassVar[bool] = True
 
 
 class ArgminLayer(RootLayer):
@@ -113,7 +140,8 @@ class ArgminLayer(RootLayer):
 
     Args:
         function: module whose forward(y, *inputs) returns f: a scalar, or one value an item with batch_dims.
-        find: a minimiser, e.g. `NewtonCG()`: (f as a function of y, y0) -> y, or a Result with it.
+        find: a minimiser, e.g. `NewtonCG()`, which is given `batch_dims`; or any (f as a function of y, y0) -> y, or a
+            Result with it.
         options: keyword arguments of `argmin`.
 
     Example:

@@ -34,7 +34,7 @@ class Record:
             residual_norm.
         tolerance: what `error` may be.
         iterations: steps of the linear solver.
-        products: products with A and A' that it spent.
+        products: products with A and A' that it spent, those of a factorisation that it was the first to need included.
     """
 
     kind: Kind

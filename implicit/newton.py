@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestopt.linalg import CG, LinearOperator, Status
 
+from .batched_newton import BatchedNewtonCG
 from .line_search import leave_saddle, search
 from .minimizer import Minimizer, MinimizerState, Objective, Point, stuck
 
@@ -80,6 +81,12 @@ class NewtonCG(Minimizer):
         super().__post_init__()
         if not isinstance(self.cg_max_iter, int) or self.cg_max_iter < 1:
             raise ValueError(f"NewtonCG: cg_max_iter must be an integer >= 1, but got {self.cg_max_iter!r}.")
+
+    def _batched(self) -> BatchedNewtonCG:
+        return BatchedNewtonCG(
+            owner="NewtonCG", rtol=self.rtol, atol=self.atol, max_iter=self.max_iter,
+            cg_max_iter=self.cg_max_iter, preconditioner=self.preconditioner,
+        )  # fmt: skip
 
     def _start(self, f: Objective, y: Tensor, previous: Any) -> tuple[Point, dict[str, Any]]:
         point, hessian = f.linearize(f.evaluate(y))

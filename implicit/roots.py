@@ -10,6 +10,7 @@ from torch import Tensor
 from nestopt.linalg import LinearSolver
 
 from .attach import attach_derivative
+from .backward_pass import BackwardPass
 from .border import Border, Equation
 from .monitor import Monitor, OnFailure
 from .options import Options
@@ -22,7 +23,7 @@ def root(
     residual: Callable[..., Any],
     y: Any,
     *theta: Any,
-    solver: LinearSolver | None = None,
+    solver: LinearSolver | BackwardPass | None = None,
     batch_dims: int = 0,
     symmetric: bool = False,
     on_failure: OnFailure = "raise",

@@ -11,20 +11,21 @@ from torch import Tensor
 from nestopt.linalg import LinearSolver
 
 from .attach import attach_derivative
+from .backward_pass import BackwardPass
 from .border import Border, Equation
 from .monitor import Monitor, OnFailure
 from .options import Options
 from .transforms import transformed
 from .warm_start import WarmStart
 
-__all__ = ["argmin"]
+__all__ = ["argmin", "gradient_of", "total_value"]
 
 
 def argmin(
     objective: Callable[..., Tensor],
     y: Any,
     *theta: Any,
-    solver: LinearSolver | None = None,
+    solver: LinearSolver | BackwardPass | None = None,
     batch_dims: int = 0,
     on_failure: OnFailure = "raise",
     monitor: Monitor | None = None,
@@ -82,14 +83,26 @@ def argmin(
 
 
 def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:
-    return _gradient(lambda v: _total(border, border.call(v, theta)), vector)
+    return gradient_of(lambda v: total_value(border, border.call(v, theta)), vector)
 
 
 _EQUATION = Equation("implicit.argmin", "a stationary point", "objective", _residual)
 
 
-def _total(border: Border, value: Any) -> Tensor:
-    """The sum of the objective over the items, whose gradient is each item's own."""
+def total_value(border: Border, value: Any) -> Tensor:
+    """The sum of the objective over the items, whose gradient is each item's own.
+
+    Args:
+        border: of the call.
+        value: that the objective returned.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        TypeError: if the value is no floating tensor.
+        ValueError: if it is not one value an item.
+    """
     owner = border.equation.owner
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -103,7 +116,16 @@ def _total(border: Border, value: Any) -> Tensor:
     return value.sum()
 
 
-def _gradient(total: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+def gradient_of(total: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    """The gradient of a scalar function, differentiable again inside every transform of torch.func and outside.
+
+    Args:
+        total: vector -> 0-d tensor.
+        vector: where.
+
+    Returns:
+        A tensor of the vector's shape.
+    """
     if transformed():
         return torch.func.grad(total)(vector)  # type: ignore[no-any-return]
     with torch.enable_grad():  # outside transforms plain autograd has fewer restrictions

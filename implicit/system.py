@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestopt.linalg import Prepared, Solution
+from nestopt.linalg import Solution
 from nestopt.linalg.autodiff import reached_leaves
 from nestopt.linalg.dense import Factored
 from nestopt.linalg.guard import closure_tensors, describe_captured
+from nestopt.linalg.nystrom import SketchedInverse
 from nestopt.linalg.result import Result, Status, all_finite, scalar_or_tensor
 
+from .backward_pass import Approximation, Series
 from .border import Border, Operands
 from .jacobian import SystemJacobian
 from .monitor import Kind, Record, report
@@ -29,19 +31,36 @@ class _Point:
     """The Jacobian at one point, the solver prepared for it, and the tensors that the point consists of."""
 
     def __init__(self, system: System, y: Tensor, theta: Sequence[Tensor]) -> None:
-        self.jacobian = SystemJacobian(system.function, y, theta, system.live, symmetric=system.options.symmetric)
+        self.jacobian = SystemJacobian(system.residual, y, theta, system.live, symmetric=system.options.symmetric)
         self.tensors = [tensor.detach() for tensor in (y, *theta)]
-        self._solver = system.options.choose(self.jacobian)
+        self._prepare = partial(system.options.prepare, is_map=system.border.equation.is_map)
+        self._unbilled = 0
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> Approximation:
         """The solver with what it does once for this matrix."""
-        return self._solver.prepare(self.jacobian)
+        prepared = self._prepare(self.jacobian)
+        if isinstance(prepared, Series):
+            self._unbilled = prepared.spent
+        elif isinstance(prepared, (Factored, SketchedInverse)):
+            columns = prepared.sketch.rank if isinstance(prepared, SketchedInverse) else self.jacobian.shape[-1]
+            self._unbilled = columns * self.jacobian.batch_shape.numel()
+        return prepared
+
+    def bill(self) -> int:
+        """The products that the preparation took, once."""
+        products, self._unbilled = self._unbilled, 0
+        return products
 
     @property
     def factored(self) -> bool:
         """Whether a solve costs no products beyond its verification."""
         return isinstance(self.prepared, Factored)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a solve may start elsewhere than at zero, and gains by it."""
+        return not isinstance(self.prepared, (Factored, Series))
 
     def is_at(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same memory, which is held here, so that an address names nothing else."""
@@ -79,6 +98,15 @@ class System:
     _point: _Point | None = field(default=None, init=False)
     _vmapped: dict[Any, System] = field(default_factory=dict, init=False)
 
+    @property
+    def residual(self) -> Callable[..., Tensor]:
+        """The function; where failed items are NaN, they are evaluated at a good item's y.
+
+        Then nothing but their own cotangent makes their part of a derivative NaN: one of zero adds zero to what the
+        items share.
+        """
+        return partial(_at_finite_points, self.function) if self.options.on_failure == "nan" else self.function
+
     def vmapped(self, mapped: tuple[bool, ...], randomness: str) -> System:
         """The system of one more dimension of systems, in front, over which y and the `mapped` tensors of theta run."""
         key = (mapped, randomness)
@@ -114,7 +142,7 @@ class System:
         """
         theta = [first_item(tensor) for tensor in operands.theta]
         with torch.enable_grad():
-            value = self.function(first_item(operands.y), *theta)
+            value = self.residual(first_item(operands.y), *theta)
         if transformed() and tracked(value):
             self._refuse_captured(_names(self.border.function, tracked))
         if forward_mode() and dual(value):
@@ -137,13 +165,13 @@ class System:
         A = point.jacobian
         self._check_graph(A)
         r = A.residual_vector.detach()
-        size = A.norm(r)
+        size = torch.where(torch.isfinite(y).all(-1), A.norm(r), torch.nan)
         distance, spent = self._distance(point, r, size)
         rtol, atol = self.options.limits(A.dtype)
         tolerance = rtol * A.norm(y) + atol
         codes = torch.where(distance <= tolerance, Status.CONVERGED.code, Status.NOT_STATIONARY.code)
         codes = torch.where(torch.isfinite(size) & torch.isfinite(tolerance), codes, Status.NON_FINITE.code)
-        self._record("point", codes, size, distance, tolerance, 0, spent)
+        self._record("point", codes, size, distance, tolerance, 0, spent + point.bill())
         bad = codes != Status.CONVERGED.code
         if bool(bad.any()):
             result = Result(x=y, codes=codes, iterations=0, error=scalar_or_tensor(distance))
@@ -172,22 +200,61 @@ class System:
         kind: Kind = "adjoint" if transposed else "tangent"
         point = self.at(y, theta)
         prepared, A = point.prepared, point.jacobian.T if transposed else point.jacobian
-        memory = None if point.factored else self.options.warm_start
+        memory = self.options.warm_start if point.restarts else None
         start = None if memory is None else memory.guess(A, b, transposed)
         solution: Solution = (prepared.solve_transposed if transposed else prepared.solve)(b, start)
         size = torch.as_tensor(solution.error, dtype=b.dtype, device=b.device)
-        self._record(kind, solution.codes, size, size, solution.tolerance, solution.iterations, solution.products)
         u: Tensor = solution.x
-        failed = solution.codes != Status.CONVERGED.code
+        codes, nan = solution.codes, self.options.on_failure == "nan"
+        idle = ~(b != 0).any(-1) if nan else None
+        if idle is not None:  # nothing is asked of such an item, whether it failed or not
+            codes = torch.where(idle | torch.isfinite(y).all(-1), codes, Status.NON_FINITE.code)
+        spent = solution.products + point.bill()
+        self._record(kind, codes, size, size, solution.tolerance, solution.iterations, spent)
+        failed = codes != Status.CONVERGED.code
+        if self.options.inexact:
+            failed = failed & (codes != Status.MAX_ITER.code) & (codes != Status.STAGNATED.code)
         if bool(failed.any()):
             report(
                 f"{self.border.equation.owner}: the {kind} system of the derivative", solution, self.options.on_failure
             )
-            useless = failed if self.options.on_failure == "nan" else failed & ~(size < A.norm(b))
+            useless = failed if nan else failed & ~(size < A.norm(b))
             u = torch.where(useless[..., None], torch.nan, u)
+            u = u if idle is None else torch.where(idle[..., None], 0, u)
         if memory is not None:
             memory.remember(u, transposed)
         return u
+
+    def step_sizes(self, y: Tensor, theta: Sequence[Tensor]) -> Tensor:
+        """The steps of a StepPass at a point, per system; NaN, after a report, where there is none.
+
+        Args:
+            y: shape (*systems, n).
+            theta: tensors.
+
+        Returns:
+            Shape (*systems,).
+        """
+        series: Any = self.at(y, theta).prepared  # a Series, since the solver is a StepPass
+        if bool((series.faults != Status.RUNNING.code).any()):
+            codes = torch.where(series.faults == Status.RUNNING.code, Status.CONVERGED.code, series.faults)
+            result = Result(x=y, codes=codes, iterations=0, error=torch.nan)
+            report(f"{self.border.equation.owner}: the step of the unrolled map", result, self.options.on_failure)
+        sizes: Tensor = series.sizes
+        return sizes
+
+    def note(self, left: Tensor) -> None:
+        """Record what the adjoint of unrolled steps leaves of a cotangent: what its solution lacks.
+
+        Args:
+            left: shape (*sides, *systems, n).
+        """
+        solver: Any = self.options.solver
+        steps = solver.plan[0]
+        size = torch.linalg.vector_norm(left, dim=-1)
+        codes = torch.where(size == 0, Status.CONVERGED.code, Status.MAX_ITER.code)
+        codes = torch.where(torch.isfinite(size), codes, Status.NON_FINITE.code)
+        self._record("adjoint", codes, size, size, 0.0, steps, steps * size.numel())
 
     def _distance(self, point: _Point, r: Tensor, size: Tensor) -> tuple[Tensor, int]:
         """How far y is from a root, and the products it took to see."""
@@ -252,6 +319,16 @@ class System:
                 products=spent,
             )  # fmt: skip
             self.options.monitor.records.append(record)
+
+
+def _at_finite_points(function: Callable[..., Tensor], y: Tensor, *theta: Tensor) -> Tensor:
+    """R at y, and at another item's where y is not finite."""
+    if not y.numel():
+        return function(y, *theta)
+    finite = torch.isfinite(y).all(-1, keepdim=True)
+    first = finite.reshape(-1).to(torch.int8).argmax(0, keepdim=True)
+    other = y.detach().reshape(-1, y.shape[-1]).index_select(0, first).reshape(y.shape[-1])
+    return function(torch.where(finite, y, torch.where(torch.isfinite(other).all(), other, 0)), *theta)
 
 
 def _names(function: Callable[..., Any], which: Callable[[Tensor], bool]) -> str:

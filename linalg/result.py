@@ -45,6 +45,15 @@ class Status(Enum):
     NOT_STATIONARY = "the lower level is not at a stationary point; solve it further before differentiating"
     LINE_SEARCH_FAILED = "no step along the search direction lowered the objective; check its gradient and smoothness"
     STOPPED = "a callback asked to stop"
+    INFEASIBLE = "no point meets all constraints, as a certificate proves; drop or relax some of them"
+    UNBOUNDED = (
+        "the objective falls without end along a feasible direction; add constraints, bounds or a quadratic term"
+    )
+    NOT_CONVEX = "the quadratic term has negative curvature, so that the program is not convex; add a shift to it"
+    NOT_CONTRACTING = (
+        "the fixed-point map does not contract along the iterates: the observed `rate` is 1 or more, or the errors "
+        "cycle; damp it, rescale it, or use Anderson, Broyden or NewtonKrylov"
+    )
 
     @property
     def code(self) -> int:

@@ -119,36 +119,120 @@ def check_structure(minimizer: Minimizer, objective: Callable[[Tensor], Tensor],
     assert float((vector(tree.x) - flat.x).norm()) <= 1e-9 * float(flat.x.norm())
 
 
-def check_set(s: Set, x: Tensor, feasible: Tensor | None = None) -> None:
-    """Feasible, idempotent, obtuse angle, non-expansive, dtype kept, batch = loop, NaN kept, differentiable.
+def cloud(n: int, dtype: torch.dtype, scale: float = 2.0, points: int = 12) -> Tensor:
+    """Points of n dimensions around zero."""
+    return (scale * torch.randn(points, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)).to(dtype)
+
+
+def check_set(s: Set, x: Tensor, feasible: Tensor | None = None, *, exactness: float = 1.0) -> None:
+    """Feasible, idempotent, obtuse angle, non-expansive, dtype kept, batch = loop = vmap, NaN kept, differentiable.
 
     Args:
         s: the set.
-        x: a cloud of points (points, n), most of them outside.
-        feasible: more points of the set, (points, n).
+        x: a cloud of points (points, *space), most of them outside.
+        feasible: more points of the set, (points, *space).
+        exactness: factor of the tolerances, for projections that are iterated.
     """
-    eps = 100 * torch.finfo(x.dtype).eps
-    scale = max(1.0, float(x.norm(dim=-1).max()))
+    dims = s.space_dims
+    eps = 100 * torch.finfo(x.dtype).eps * exactness
+    flat = x.flatten(-dims)
+    scale = max(1.0, float(flat.norm(dim=-1).max()))
     p = s.project(x)
     assert (p.shape, p.dtype) == (x.shape, x.dtype)
-    assert bool(s.contains(p).all())
-    assert s.contains(p).shape == x.shape[:-1]
+    assert bool(s.contains(p, None if exactness == 1 else eps * scale).all())
+    assert s.contains(p).shape == x.shape[:-dims]
     assert float((s.project(p) - p).abs().max()) <= eps * scale
-    z = p if feasible is None else torch.cat([p, feasible])
-    angles = torch.einsum("in,ijn->ij", x - p, z[None] - p[:, None])
+    q = p.flatten(-dims)
+    assert torch.allclose(s.distance(x), (flat - q).norm(dim=-1), rtol=1e-5 if x.dtype == torch.float32 else 1e-12)
+    z = q if feasible is None else torch.cat([q, feasible.flatten(-dims)])
+    angles = torch.einsum("in,ijn->ij", flat - q, z[None] - q[:, None])
     assert float(angles.max()) <= eps * scale**2
-    apart, nearer = torch.cdist(x, x), torch.cdist(p, p)
+    apart, nearer = (torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist") for v in (flat, q))
     assert bool((nearer <= apart * (1 + eps) + eps * scale).all())
     for one, projected in zip(x, p, strict=True):
         assert float((s.project(one) - projected).abs().max()) <= eps * scale
-    half = x.reshape(2, -1, x.shape[-1])
-    assert torch.equal(s.project(half), p.reshape(half.shape))
+    half = x.reshape(2, -1, *x.shape[1:])
+    assert float((s.project(half) - p.reshape(half.shape)).abs().max()) <= 0.01 * eps * scale
+    assert float((torch.func.vmap(s.project)(x) - p).abs().max()) <= eps * scale
     poisoned = x.clone()
-    poisoned[0, 0] = torch.nan
+    poisoned[(0,) * (dims + 1)] = torch.nan
     answer = s.project(poisoned)
-    assert bool(answer[0, 0].isnan())
+    assert bool(answer[(0,) * (dims + 1)].isnan())
     assert torch.equal(answer[1:], p[1:])
     assert not bool(s.contains(poisoned)[0])
+    check_jacobian(s, x, poisoned)
     if x.dtype == torch.float64:
-        assert torch.autograd.gradcheck(s.project, x[:4].clone().requires_grad_())
-        assert torch.autograd.gradgradcheck(s.project, x[:2].clone().requires_grad_())
+        check_derivatives(s.project, x[:3], x[:2])
+
+
+def check_derivatives(function: Callable[..., Tensor], *points: Tensor | tuple[Tensor, ...]) -> None:
+    """First derivatives at the first point, and second ones at the last, in both modes, batched, against differences.
+
+    Args:
+        function: of one or more tensors.
+        points: its argument, or the tuple of them, for first and for second derivatives; one for both.
+    """
+    first, second = (
+        tuple(t.detach().clone().requires_grad_() for t in (p if isinstance(p, tuple) else (p,)))
+        for p in (points[0], points[-1])
+    )
+    assert torch.autograd.gradcheck(
+        function, first, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(function, second, check_fwd_over_rev=True)
+
+
+def check_jacobian(s: Set, x: Tensor, poisoned: Tensor | None = None) -> None:
+    """Symmetric, 0 <= D <= I, applied as stored, equal to automatic and central differences; NaN stays in its item.
+
+    Args:
+        s: the set.
+        x: points (points, *space) at which the projection is smooth.
+        poisoned: the same points, NaN in the first.
+    """
+    dims, double = s.space_dims, x.dtype == torch.float64
+    n = x[0].numel()
+    eps = (1e-11 if double else 1e-4) * max(1.0, n / 10)
+    operator = s.jacobian(x)
+    D = operator.to_dense()
+    assert operator.symmetric
+    assert tuple(operator.shape) == tuple(D.shape) == (*x.shape[:-dims], n, n)
+    assert (operator.dtype, D.dtype) == (x.dtype, x.dtype)
+    assert not D.requires_grad
+    assert float((D - D.mT).abs().max()) <= eps
+    spectrum = torch.linalg.eigvalsh((D + D.mT) / 2)
+    assert float(spectrum.min()) >= -eps
+    assert float(spectrum.max()) <= 1 + eps
+    v = torch.randn(3, *x.shape[:-dims], n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(x)
+    assert float((operator @ v - (D @ v[..., None])[..., 0]).abs().max()) <= 10 * eps
+    assert float((operator.T @ v - operator @ v).abs().max()) <= 10 * eps
+    one = s.jacobian(x[0])
+    assert tuple(one.shape) == (n, n)
+    assert float((one.to_dense() - D[0]).abs().max()) <= eps
+    if poisoned is not None:
+        assert torch.equal((s.jacobian(poisoned) @ v)[:, 1:], (operator @ v)[:, 1:])
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        automatic = torch.func.vmap(mode(s.project))(x).reshape(D.shape)
+        assert float((automatic - D).abs().max()) <= eps
+    if double:
+        h = 1e-6
+        for direction in v:
+            step = h * direction.reshape(x.shape)
+            differences = (s.project(x + step) - s.project(x - step)).flatten(-dims) / (2 * h)
+            assert float((operator @ direction - differences).abs().max()) <= 1e-7 * max(1.0, float(x.abs().max()))
+
+
+def check_kink(s: Set, x: Tensor, radius: float = 1e-6, tolerance: float = 1e-4) -> None:
+    """At each of the points D is a limit of Jacobians: some point nearby, where P is smooth, has almost the same.
+
+    Args:
+        s: the set.
+        x: points (points, *space) at which the projection has kinks.
+        radius: how far away to look.
+        tolerance: of the difference.
+    """
+    D = s.jacobian(x).to_dense()
+    g = torch.Generator().manual_seed(0)
+    near = x + radius * torch.randn(400, *x.shape, generator=g, dtype=torch.float64).to(x)
+    gaps = (s.jacobian(near).to_dense() - D).abs().flatten(-2).amax(-1)
+    assert float(gaps.amin(0).max()) <= tolerance

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from laws_optim import check_set
+from laws_optim import check_derivatives, check_jacobian, check_kink, check_set, cloud
 from torch import Tensor
 
 from nestopt.constrained import Ball, Box, Set, Simplex, WholeSpace, project
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 INF = math.inf
 
 
-def cloud(n: int, dtype: torch.dtype, scale: float = 2.0) -> Tensor:
-    return (scale * torch.randn(12, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)).to(dtype)
-
-
-def tensor(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+def tensor(*values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
@@ -45,6 +45,72 @@ def test_laws(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("n", [1, 40])
 def test_laws_in_other_dimensions(name: str, n: int) -> None:
     check_set(SETS[name](torch.float64), cloud(n, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("s", "x"),
+    [
+        (Box(0.0, 1.0), [(0.0, 1.0, 0.5), (-0.0, 2.0, 1.0)]),
+        (Box(tensor(1.0, 0.0), tensor(1.0, 3.0)), [(1.0, 2.0), (2.0, 3.0)]),
+        (Ball(1.0), [(1.0, 0.0), (0.6, 0.8)]),
+        (Ball(0.0, 1.0), [(1.0, 1.0), (2.0, 1.0)]),
+        (Simplex(), [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (2.0, 1.0, 1.0)]),
+    ],
+)
+def test_a_limit_of_jacobians_at_kinks(s: Set, x: list[tuple[float, ...]]) -> None:
+    points = tensor(*x)
+    check_kink(s, points)
+    automatic = torch.func.vmap(torch.func.jacrev(s.project))(points)
+    assert torch.allclose(automatic, s.jacobian(points).to_dense(), atol=1e-12)
+
+
+def test_jacobians_in_formulas() -> None:
+    D = Simplex().jacobian(tensor(0.9, 0.6, -2.0)).to_dense()
+    assert torch.allclose(D, tensor((0.5, -0.5, 0.0), (-0.5, 0.5, 0.0), (0.0, 0.0, 0.0)))
+    assert torch.allclose(Ball(1.0).jacobian(tensor(0.0, 2.0)).to_dense(), tensor((0.5, 0.0), (0.0, 0.0)))
+    assert torch.equal(Box(0.0).jacobian(tensor(1.0, -1.0)) @ tensor(3.0, 3.0), tensor(3.0, 0.0))
+    assert bool((Simplex().jacobian(tensor(0.9, math.nan)) @ tensor(1.0, 2.0)).isnan().all())
+
+
+def test_a_set_without_a_formula_gets_its_jacobian_by_autograd() -> None:
+    class Shifted(Set):
+        def _project(self, x: Tensor) -> Tensor:
+            return Ball(1.0).project(x - 1.0) + 1.0
+
+    x = cloud(4, torch.float64)
+    check_jacobian(Shifted(), x)
+    assert torch.allclose(Shifted().jacobian(x).to_dense(), Ball(1.0, 1.0).jacobian(x).to_dense(), atol=1e-14)
+    with torch.inference_mode():
+        assert Shifted().jacobian(x).to_dense().shape == (12, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (lambda x, low, high: Box(low, high).project(x), (tensor(-1.0, 0.0, -0.3), tensor(0.5, 1.0, 0.4))),
+        (lambda x, r, c: Ball(r, c).project(x), (tensor(0.5, 1.0), tensor(0.1, 0.2, 0.3))),
+        (lambda x, scale: Simplex(scale).project(x), (tensor(0.5, 4.0),)),
+        (lambda x, r: Ball(r).distance(x), (tensor(0.5, 0.2),)),
+    ],
+)
+def test_derivatives_in_the_sets_own_tensors(function: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> None:
+    check_derivatives(function, (cloud(3, torch.float64, 2.0, 2), *parameters))
+
+
+def test_one_set_a_vmapped_item() -> None:
+    x, r = cloud(3, torch.float64, 2.0, 4), tensor(0.5, 1.0, 2.0, 0.1)
+    for one in (Ball, Simplex):
+        assert torch.allclose(torch.func.vmap(lambda x, r: one(r).project(x))(x, r), one(r).project(x))  # noqa: B023
+    with pytest.raises(ValueError, match="radius"):
+        torch.func.vmap(lambda r: Ball(r).project(x))(tensor(1.0, -1.0))
+
+
+def test_distance() -> None:
+    x = tensor((3.0, 4.0), (0.1, 0.0), (1e300, 0.0), (math.nan, 0.0)).requires_grad_()
+    d = Ball(1.0).distance(x)
+    assert torch.allclose(d, tensor(4.0, 0.0, 1e300, math.nan), equal_nan=True)
+    (slope,) = torch.autograd.grad(d[:2].sum(), x)
+    assert torch.allclose(slope[:2], tensor((0.6, 0.8), (0.0, 0.0)))
 
 
 def test_box_takes_any_shape() -> None:
