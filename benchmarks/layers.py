@@ -1,15 +1,15 @@
-"""Quadratic programs as layers: forward and backward time and accuracy of ours and of qpth, ProxQP, cvxpylayers, moreau.
+"""Quadratic programs as layers: time and accuracy of both passes, ours and those of the peers.
 
     python benchmarks/layers.py                  writes benchmarks/results/layers.json
     python benchmarks/layers.py --quick --output layers.json --device cuda
 
 Dense random programs min x'Qx/2 + q'x, A x = b, G x <= h in float64: Q = MM'/n + I/10, A and G Gaussian, n/5 equalities
 and n/2 inequalities, b = A x0 and h = G x0 + uniform(0, 1), every item with matrices of its own and q three times
-Gaussian, so that some rows are active. Each contender solves the batch and then takes the gradient of sum(v x) in all six
-tensors; seconds are medians of interleaved repetitions, on one thread. Errors are the largest, relative to the largest
-entry, against a reference: ours polished in float64 and checked by its own KKT residual, and the closed-form derivative
-of the active rows in long double precision by NumPy where that is there, else in float64 by an LU of the KKT matrix.
-`compiled` is ours under torch.compile (a graph break around the solver). Peers are compared where they are installed.
+Gaussian, so that some rows are active. Each contender (qpth, ProxQP, cvxpylayers, moreau, where they are installed)
+solves the batch and then takes the gradient of sum(v x) in all six tensors; seconds are medians of interleaved
+repetitions, on one thread. Errors are the largest, relative to the largest entry, against a reference: the KKT system
+of the active rows of a certified solution, for x and for the closed-form gradients, solved by NumPy with refinement in
+long double precision. `compiled` is ours under torch.compile (a graph break around the solver).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class MoreauLayer:
         Q, q, A, b, G, h = leaves
         batch = len(q)
         values = torch.cat([A, G], 1).reshape(batch, -1)
-        return self.solver.solve(q, torch.cat([b, h], 1), Q.reshape(batch, -1), values).x
+        return self.solver.solve(Q.reshape(batch, -1), values, q, torch.cat([b, h], 1)).x
 
 
 CONTENDERS: dict[str, tuple[Any, str | None]] = {

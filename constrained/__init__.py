@@ -11,6 +11,7 @@ from .exponential_cone import ExponentialCone
 from .first_order import CompositeResult, FirstOrder
 from .group_prox import GroupLasso, SparseGroupLasso
 from .kkt import MinimumNorm
+from .linear_program import LPResult, solve_lp
 from .manifolds import Sphere, Stiefel
 from .mirror_descent import MirrorDescent
 from .norm_balls import L1Ball, LinfBall
@@ -19,8 +20,10 @@ from .power_cone import PowerCone
 from .problem import KKT, Problem
 from .product_set import ProductSet
 from .projected_gradient import ProjectedGradient
-from .prox import L1, ElasticNet, Huber, Indicator, Prox, Separable, SquaredL2, prox_tree, value_tree
+from .projection_layer import ProjectionLayer, ProximalLayer
+from .prox import L1, ElasticNet, Huber, Indicator, Prox, Separable, SquaredL2
 from .proximal_gradient import ProximalGradient
+from .proximal_trees import prox_tree, value_tree
 from .qp_backends import OSQP, Backend, Moreau, ProxQP
 from .qp_layer import QPLayer
 from .quadratic_program import QPResult, solve_qp
@@ -54,6 +57,7 @@ __all__ = [
     "Hyperplane",
     "Indicator",
     "L1Ball",
+    "LPResult",
     "LinfBall",
     "MinimumNorm",
     "MirrorDescent",
@@ -68,9 +72,11 @@ __all__ = [
     "ProblemSolution",
     "ProductSet",
     "ProjectedGradient",
+    "ProjectionLayer",
     "Prox",
     "ProxQP",
     "ProximalGradient",
+    "ProximalLayer",
     "QPLayer",
     "QPResult",
     "SecondOrderCone",
@@ -89,6 +95,7 @@ __all__ = [
     "project",
     "prox_tree",
     "solution",
+    "solve_lp",
     "solve_qp",
     "value_tree",
 ]

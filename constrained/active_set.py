@@ -24,7 +24,7 @@ class ActiveSystem:
 
     Attributes:
         K: shape (*batch, n + p + k, n + p + k), scaled from both sides.
-        factors: LU of K, of a small shift of it, or of K with its null space filled.
+        factors: LU of K, with its null space filled where it is singular.
         pivots: of the LU.
         index: for the k gathered rows, the row of G, shape (*batch, k).
         valid: which of them are not padding, shape (*batch, k).
@@ -39,18 +39,19 @@ class ActiveSystem:
     deficient: Tensor
 
     @classmethod
-    def of(cls, P: Program, active: Tensor) -> ActiveSystem:
+    def of(cls, P: Program, active: Tensor, least: int = 0) -> ActiveSystem:
         """Gather and factorise.
 
         Args:
             P: equilibrated programs.
             active: which inequalities hold with equality, boolean, shape (B, m).
+            least: of the rows gathered, so that systems of two calls fit together.
 
         Returns:
             The system.
         """
         n, p = P.q.shape[-1], P.p
-        k = int(active.sum(-1).max()) if active.numel() else 0
+        k = min(max(int(active.sum(-1).max()), least), P.m) if active.numel() else 0
         index = active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :k]
         valid = active.gather(-1, index)
         rows = P.C[:, p:].gather(1, index[..., None].expand(-1, -1, n)) * valid[..., None]
@@ -59,15 +60,51 @@ class ActiveSystem:
         K = P.q.new_zeros(len(P.q), size, size)
         K[:, :n, :n], K[:, n:, :n], K[:, :n, n:] = P.Q, C, C.mT
         K.diagonal(dim1=-2, dim2=-1)[:, n + p :] = valid.to(K.dtype) - 1
-        signs = torch.ones(size, dtype=K.dtype, device=K.device)
-        signs[n:] = -1
-        # a shift far below what refinement corrects, so that a singular matrix has factors too
-        factors, pivots, _ = torch.linalg.lu_factor_ex(K + torch.diag(1e-12 * signs))
+        factors, pivots, _ = torch.linalg.lu_factor_ex(K)
         weakest = -amax(-factors.diagonal(dim1=-2, dim2=-1).abs(), -1.0)
         deficient = weakest <= SUSPECT
         if bool(deficient.any()):
             factors, pivots, deficient = _filled(K, factors, pivots, deficient)
         return cls(K, factors, pivots, index, valid, deficient)
+
+    def moved(self, P: Program, active: Tensor, also: Tensor) -> ActiveSystem:
+        """The system of other active rows, factorised anew only where they differ from the old.
+
+        Args:
+            P: equilibrated programs.
+            active: boolean, shape (B, m).
+            also: items to factorise anyhow, shape (B,).
+
+        Returns:
+            The system, this one where nothing differs.
+        """
+        seen = torch.zeros_like(active, dtype=torch.int8).scatter_add(-1, self.index, self.valid.to(torch.int8))
+        rows = (((seen > 0) != active).any(-1) | also).nonzero()[:, 0]
+        if not len(rows):
+            return self
+        if 2 * len(rows) > len(active):
+            return ActiveSystem.of(P, active)
+        part = ActiveSystem.of(P.take(rows), active[rows], self.index.shape[-1])
+        old = self.padded(part.index.shape[-1])
+        return ActiveSystem(*(a.index_put((rows,), b) for a, b in zip(old.parts(), part.parts(), strict=True)))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Its tensors, in the order of the constructor."""
+        return self.K, self.factors, self.pivots, self.index, self.valid, self.deficient
+
+    def padded(self, k: int) -> ActiveSystem:
+        """The same systems padded to k rows: a block -I behind K and behind its factors."""
+        more = k - self.index.shape[-1]
+        if not more:
+            return self
+        size = self.K.shape[-1]
+        K, factors = (torch.nn.functional.pad(t, (0, more, 0, more)) for t in (self.K, self.factors))
+        for t in (K, factors):
+            t.diagonal(dim1=-2, dim2=-1)[..., size:] = -1
+        identity = torch.arange(size + 1, size + more + 1, dtype=self.pivots.dtype, device=K.device)
+        pivots = torch.cat([self.pivots, identity.expand(*self.pivots.shape[:-1], more)], -1)
+        index, valid = (torch.nn.functional.pad(t, (0, more)) for t in (self.index, self.valid))
+        return ActiveSystem(K, factors, pivots, index, valid, self.deficient)
 
     def gather(self, w: Tensor, p: int, n: int) -> Tensor:
         """Of a vector over all rows, the part that the system sees: (..., n + p + m) to (..., n + p + k)."""
@@ -77,7 +114,7 @@ class ActiveSystem:
     def scatter(self, u: Tensor, p: int, n: int, m: int) -> Tensor:
         """The vector over all rows, zero at those that are not active."""
         index = self.index.expand(*u.shape[:-1], -1)
-        rest = u.new_zeros(*u.shape[:-1], m).scatter(-1, index, u[..., n + p :] * self.valid)
+        rest = u.new_zeros(*u.shape[:-1], m).scatter_add(-1, index, u[..., n + p :] * self.valid)
         return torch.cat([u[..., : n + p], rest], -1)
 
     def solve(self, r: Tensor, refinements: int = 1) -> tuple[Tensor, Tensor]:
@@ -128,7 +165,7 @@ def _corrected(P: Program, system: ActiveSystem, x: Tensor, y: Tensor) -> tuple[
 
 def polish(
     P: Program, x: Tensor, y: Tensor, active: Tensor, rounds: int = 6
-) -> tuple[Tensor, Tensor, Tensor, ActiveSystem | None]:
+) -> tuple[Tensor, Tensor, Tensor, ActiveSystem]:
     """Solve the KKT system of the rows that seem active, and correct the guess while that helps.
 
     A round is one of the primal-dual active set method: rows with a negative dual leave, violated rows enter.
@@ -141,15 +178,21 @@ def polish(
         rounds: limit.
 
     Returns:
-        x and y, improved where the KKT residual fell, that residual, and the system of the guess if one round did.
+        x and y, improved where the KKT residual fell, that residual, and the systems of the last guesses.
     """
     p = P.p
     best, best_x, best_y = P.error(x, y), x, y
     best = torch.where(best.isnan(), torch.inf, best)
     everyone = torch.arange(len(x), device=x.device)
-    here, part, first = everyone, P, None
+    here, part = everyone, P
+    # with some room, so that few rows more do not mean new tensors
+    system = all_of_them = ActiveSystem.of(P, active, int(active.sum(-1).max()) + 4 if active.numel() else 0)
     for k in range(rounds):
-        system = ActiveSystem.of(part, active)
+        if k:
+            system = ActiveSystem.of(part, active, all_of_them.index.shape[-1])
+            all_of_them = all_of_them.padded(system.index.shape[-1])
+            for whole, new in zip(all_of_them.parts(), system.parts(), strict=True):
+                whole[here] = new  # in place: these systems are this function's own
         # from no duals: where they are not unique, the solution is the one of minimum norm
         new_x, new_y, clipped, error = _corrected(part, system, x[here], torch.zeros_like(y[here]))
         if k == 0 and bool(system.deficient.any()):
@@ -167,10 +210,8 @@ def polish(
         )
         gap = product(part.C[:, p:], new_x) - part.d[:, p:]
         again = torch.where(active, new_y[:, p:] >= 0, gap > 0)
-        if k == 0:
-            first = system
         left = (best[here] > 1e-13) & (again != active).any(-1)
         if not bool(left.any()):
             break
         here, part, active = here[left], part.take(left), again[left]
-    return best_x, best_y, best, first if k == 0 else None
+    return best_x, best_y, best, all_of_them

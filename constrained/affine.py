@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .opaque import check_every, differentiated, opaque
 from .sets import Set
 from .structured import DiagonalPlusLowRank
+from .value_only import check_every, differentiated, opaque
 
 __all__ = ["Affine", "HalfSpace", "Hyperplane", "check_rows", "onto_rows", "orthonormal_rows", "times"]
 
@@ -172,7 +172,7 @@ def onto_rows(x: Tensor, C: Tensor, d: Tensor, W: Tensor, Q: Tensor) -> Tensor:
 
 def times(matrix: Tensor, v: Tensor) -> Tensor:
     """M v for (*batch, m, n) and (*batch, n) whose batches broadcast."""
-    return v @ matrix.mT if matrix.ndim == 2 else (matrix @ v[..., None])[..., 0]
+    return v @ matrix.mT if matrix.ndim == 2 and v.ndim > 1 else (matrix @ v[..., None])[..., 0]
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...] | None:

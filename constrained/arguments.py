@@ -29,8 +29,8 @@ def need_floating(method: str, x: Any) -> None:
 def check_weight(owner: str, name: str, value: float | Tensor, *, positive: bool = False) -> None:
     """Refuse a number that is negative (or zero, where it must be positive) or not finite.
 
-    A tensor may hold anything: to look at it would wait for a GPU and is impossible under vmap. `nonnegative` marks
-    its bad entries where it is used.
+    A tensor may hold anything here: one bad item is to spoil itself alone, so `nonnegative` marks bad entries where the
+    tensor is used, without waiting for a GPU.
 
     Args:
         owner: the class.

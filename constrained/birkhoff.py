@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .opaque import opaque
 from .sets import Set
+from .value_only import opaque
 
 __all__ = ["Birkhoff"]
 

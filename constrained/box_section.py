@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .opaque import check_every, opaque
 from .sets import Box, Set
 from .structured import DiagonalPlusLowRank
+from .value_only import check_every, opaque
 
 __all__ = ["BoxSection", "capped_simplex"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cones import DualCone, NonNegative, SecondOrderCone
 from .exponential_cone import ExponentialCone
+from .power_cone import PowerCone
 from .sets import Set, WholeSpace
 from .spectral_sets import PSDCone
 
@@ -18,7 +19,7 @@ __all__ = ["ConicCones"]
 
 @dataclass(frozen=True)
 class ConicCones:
-    """K = {0}^zero x R+^nonnegative x second-order cones x positive semidefinite cones x exponential cones.
+    """K = {0}^zero x R+^nonnegative x second-order, positive semidefinite, exponential and power cones.
 
     This is the order of SCS and Clarabel, and of `cvxpy`'s problem data. A semidefinite cone of k x k matrices takes
     k (k + 1) / 2 rows: the upper triangle by columns, entries off the diagonal times sqrt(2), so that inner products
@@ -30,6 +31,7 @@ class ConicCones:
         second_order: the sizes of the second-order cones.
         semidefinite: the k of each semidefinite cone.
         exponential: how many exponential cones, of 3 rows each.
+        power: the exponents of the power cones, of 3 rows each.
     """
 
     zero: int = 0
@@ -37,12 +39,15 @@ class ConicCones:
     second_order: tuple[int, ...] = ()
     semidefinite: tuple[int, ...] = ()
     exponential: int = 0
+    power: tuple[float, ...] = ()
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The rows of each block, in order."""
         triangles = (k * (k + 1) // 2 for k in self.semidefinite)
-        return (self.zero, self.nonnegative, *self.second_order, *triangles, 3 * self.exponential)
+        return (
+            self.zero, self.nonnegative, *self.second_order, *triangles, 3 * self.exponential, 3 * len(self.power)
+        )  # fmt: skip
 
     def project_dual(self, v: Tensor) -> Tensor:
         """The projection of v onto K*.
@@ -55,6 +60,7 @@ class ConicCones:
         """
         kinds: list[Set | int] = [WholeSpace(), NonNegative(), *[SecondOrderCone() for _ in self.second_order]]
         kinds += [*self.semidefinite, DualCone(ExponentialCone())]
+        kinds += [DualCone(PowerCone(v.new_tensor(self.power))) if self.power else WholeSpace()]
         parts = []
         for kind, part in zip(kinds, torch.split(v, list(self.sizes), -1), strict=True):
             if part.shape[-1]:
@@ -67,6 +73,6 @@ def _project_triangle(v: Tensor, k: int) -> Tensor:
     column, row = torch.tril_indices(k, k, device=v.device)  # the upper triangle by columns is the lower one by rows
     place = torch.empty(k, k, dtype=torch.int64, device=v.device)
     place[row, column] = place[column, row] = torch.arange(len(row), device=v.device)
-    scale = torch.where(row == column, 1.0, 2**0.5).to(v.dtype)
+    scale = torch.where(row == column, v.new_tensor(1), v.new_tensor(2).sqrt())
     matrix = (v / scale)[..., place]
     return PSDCone().project(matrix)[..., row, column] * scale

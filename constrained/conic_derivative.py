@@ -153,6 +153,7 @@ def _clarabel(program: Program, cones: ConicCones, options: Mapping[str, Any]) -
     kinds += [clarabel.SecondOrderConeT(size) for size in cones.second_order]
     kinds += [clarabel.PSDTriangleConeT(k) for k in cones.semidefinite]
     kinds += [clarabel.ExponentialConeT() for _ in range(cones.exponential)]
+    kinds += [clarabel.PowerConeT(alpha) for alpha in cones.power]
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     for name, value in options.items():
@@ -201,12 +202,14 @@ def _cvxpy(solver: str) -> Callable[[Program, ConicCones, Mapping[str, Any]], tu
             elif k < 2 + len(cones.second_order):
                 constraint = cp.SOC(s[0], s[1:])
                 read = lambda c: np.concatenate([np.ravel(d) for d in c.dual_value])  # noqa: E731
-            elif k < len(cones.sizes) - 1:
+            elif k < len(cones.sizes) - 2:
                 order = cones.semidefinite[k - 2 - len(cones.second_order)]
                 fill, read = _triangle(order)
                 constraint = cp.reshape(fill @ s, (order, order), order="C") >> 0
             else:
-                constraint = cp.ExpCone(s[0::3], s[1::3], s[2::3])
+                three = s[0::3], s[1::3], s[2::3]
+                power = k == len(cones.sizes) - 1
+                constraint = cp.PowCone3D(*three, np.array(cones.power)) if power else cp.ExpCone(*three)
                 read = lambda c: np.stack([np.ravel(d) for d in c.dual_value], -1).ravel()  # noqa: E731
             constraints.append(constraint)
             reads.append(read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,31 +83,35 @@ class ConicForm:
         problem: a cvxpy.Problem that is DPP.
         parameters: the parameters that values will come for, in order.
         variables: those whose values are wanted.
+        constraints: those whose multipliers are.
 
     Raises:
         ValueError: for cones that have no projection here.
     """
 
-    def __init__(self, problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) -> None:
+    def __init__(
+        self, problem: Any, parameters: Sequence[Any], variables: Sequence[Any], constraints: Sequence[Any] = ()
+    ) -> None:
         held = {parameter: parameter.value for parameter in parameters}
         for parameter in parameters:  # cvxpy needs some value; the maps do not depend on it
             if parameter.value is None:
                 parameter.save_value(_placeholder(parameter))
         try:
-            data, chain, _ = problem.get_problem_data("CLARABEL", enforce_dpp=True)
+            data, chain, inverse = problem.get_problem_data("CLARABEL", enforce_dpp=True)
         finally:
             for parameter, value in held.items():
                 if value is None:
                     parameter.save_value(None)
         program, dims = data["param_prob"], data["dims"]
-        if dims.p3d or dims.pnd:
+        if dims.pnd:
             raise ValueError(
-                "ConvexProgram: the problem needs power cones (from powers, geometric means or p-norms), whose "
-                "projection is not available; rewrite it with second-order or exponential cones."
+                "ConvexProgram: the problem needs power cones of more than three dimensions (PowConeND), whose "
+                "projection is not available; write them as several PowCone3D."
             )
         self.cones = ConicCones(
-            int(dims.zero), int(dims.nonneg), tuple(map(int, dims.soc)), tuple(map(int, dims.psd)), int(dims.exp)
-        )
+            int(dims.zero), int(dims.nonneg), tuple(map(int, dims.soc)), tuple(map(int, dims.psd)), int(dims.exp),
+            tuple(map(float, dims.p3d)),
+        )  # fmt: skip
         self.n, self.m = int(program.x.size), int(program.constr_size)
         self.sign = -1.0 if type(problem.objective).__name__ == "Maximize" else 1.0
         self.size = int(program.total_param_size) + 1
@@ -115,6 +120,7 @@ class ConicForm:
         self.symmetric = [any(parameter.attributes[a] for a in ("symmetric", "PSD", "NSD")) for parameter in parameters]
         self.domains = [_domain(parameter) for parameter in parameters]
         self.recovery = [(torch.Size(v.shape), *_recovery(chain, program, v)) for v in variables]
+        self.duals = _duals(chain, inverse, (self.n, self.m), constraints)
         self._maps_on = {torch.device("cpu"): self._maps(program)}
 
     def _maps(self, program: Any) -> dict[str, Any]:
@@ -177,7 +183,7 @@ class ConicForm:
             if symmetric:
                 value = (value + value.mT) / 2
             source, target = (torch.as_tensor(i, device=value.device) for i in columns)
-            flat = value.reshape(*value.shape[: value.ndim - len(shape)], -1)[..., source]
+            flat = value.reshape(*value.shape[: value.ndim - len(shape)], shape.numel())[..., source]
             p = p.index_add(-1, target, flat.expand(*batch, -1))
         return p
 
@@ -186,7 +192,7 @@ class ConicForm:
         found = torch.ones(batch, dtype=torch.bool, device=values[0].device)
         for value, shape, (sign, definite) in zip(values, self.shapes, self.domains, strict=True):
             value = value.detach()
-            flat = value.reshape(*value.shape[: value.ndim - len(shape)], -1)
+            flat = value.reshape(*value.shape[: value.ndim - len(shape)], shape.numel())
             if sign:
                 found = found & (sign * flat >= 0).all(-1)
             if definite:
@@ -200,7 +206,12 @@ class ConicForm:
         """The value of a variable, of shape (*batch, *variable.shape), from the conic program's x."""
         shape, place, factor = self.recovery[index]
         place, factor = (torch.as_tensor(i, device=x.device) for i in (place, factor))
-        return (x[..., place] * factor).reshape(*x.shape[:-1], *shape)
+        return (x[..., place] * factor).reshape(x.shape[:-1] + shape)
+
+    def recover_dual(self, y: Tensor, index: int) -> Tensor:
+        """The multiplier of a constraint, as cvxpy shapes and signs it, from the conic program's y."""
+        shape, dual = self.duals[index]
+        return dual.to(y.device)(y).reshape(y.shape[:-1] + shape)
 
 
 def _domain(parameter: Any) -> tuple[int, int]:
@@ -246,3 +257,23 @@ def _recovery(chain: Any, program: Any, variable: Any) -> tuple[Any, Any]:
     value = values[variable.id]
     flat = np.asarray(value.toarray() if hasattr(value, "toarray") else value).reshape(-1)
     return np.maximum(flat.astype(np.int64) - 1, 0), (flat > 0).astype(np.float64)
+
+
+def _duals(chain: Any, inverse: Any, sizes: tuple[int, int], constraints: Sequence[Any]) -> list[tuple[Any, SparseMap]]:
+    """For each constraint the shape of its multiplier, and the matrix that takes the conic y to it."""
+    n, m = sizes
+    if not constraints:
+        return []
+    if getattr(inverse[-1], "solver_options", {}) is None:
+        inverse[-1].solver_options = {}
+    columns = []
+    for unit in np.eye(m):  # cvxpy's way back is linear, but known only as code
+        found = SimpleNamespace(status="Solved", x=np.zeros(n), z=unit, obj_val=0.0, solve_time=0.0, iterations=0)
+        columns.append(chain.invert(found, inverse).dual_vars)
+    out = []
+    for constraint in constraints:
+        rows = [np.ravel(np.asarray(column[constraint.id], dtype=np.float64)) for column in columns]
+        matrix = sp.coo_array(np.stack(rows, axis=1))
+        shapes = [tuple(variable.shape) for variable in constraint.dual_variables]
+        out.append((torch.Size(shapes[0] if len(shapes) == 1 else matrix.shape[:1]), SparseMap.of(matrix)))
+    return out

@@ -19,7 +19,7 @@ from nestopt.linalg.result import scalar_or_tensor
 from .conic_derivative import ConicEquations, find_conic
 from .conic_form import ConicData, ConicForm
 from .kkt import envelope, spoil
-from .opaque import opaque
+from .value_only import opaque
 
 __all__ = ["ConvexProgram", "ConvexSolution"]
 
@@ -32,11 +32,14 @@ class ConvexSolution(Result):
 
     Attributes:
         x: a dict of the variables' values by name, of shape (*batch, *variable.shape); NaN for an item that failed.
+        duals: the multipliers of the constraints that were asked for, in cvxpy's shapes and signs; of a cone of several
+            arguments one vector, as the solvers order it.
         value: the problem's objective, of shape (*batch,); its first derivative needs no solve.
         error: the measured relative residual of the optimality conditions, per item; NaN where there is no point.
     """
 
     value: Tensor
+    duals: tuple[Tensor, ...]
 
     def __getitem__(self, name: str) -> Tensor:
         value: Tensor = self.x[name]
@@ -53,7 +56,8 @@ class ConvexProgram(nn.Module):
         R(x, v) = (P x + c + A'y, A x + s - b),  y = P_K*(v),  s = y - v,
 
     by `implicit.root`: of any order, in reverse and forward mode, under torch.func's grad, jvp, vmap and their
-    compositions. K is a product of zero, nonnegative, second-order, semidefinite and exponential cones.
+    compositions. K is a product of zero, nonnegative, second-order, semidefinite, exponential and (three-dimensional)
+    power cones.
 
     An item is CONVERGED where the residual of both parts of R, each relative to one plus its largest summand, is
     measured at or below `tolerance`. INFEASIBLE and UNBOUNDED rest on the solver's certificate. A parameter outside of
@@ -72,11 +76,12 @@ class ConvexProgram(nn.Module):
         problem: a cvxpy.Problem that obeys the rules of disciplined parametrised programming (`is_dpp()`).
         parameters: the order in which values will come; None for that of problem.parameters().
         variables: whose values to return; None for all of problem.variables().
+        constraints: of the problem, whose multipliers to return.
         solver: the name of a solver that cvxpy has installed and that can do the problem's cones; None for Clarabel.
         solver_options: its settings: for Clarabel such as {"max_iter": 100}, for others arguments of cvxpy's solve.
         tolerance: of the certificate, at least 1e-12.
         linear_solver: of the derivative's systems; None takes LU, and GMRES beyond n + m = 512.
-        on_failure: "nan", or "raise" or "warn" in the call and in the backward pass as soon as one item fails.
+        on_failure: "nan"; "warn" in the call as soon as one item fails, NaN in a backward pass; or "raise" in both.
         monitor: collects the records of `implicit.root`.
 
     Raises:
@@ -110,6 +115,7 @@ class ConvexProgram(nn.Module):
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
         *,
+        constraints: Sequence[Any] = (),
         tolerance: float = 1e-9,
         linear_solver: LinearSolver | None = None,
         on_failure: OnFailure = "nan",
@@ -120,7 +126,10 @@ class ConvexProgram(nn.Module):
         check_on_failure("ConvexProgram", on_failure)
         if not tolerance >= 1e-12:
             raise ValueError(f"ConvexProgram: tolerance must be at least 1e-12, but got {tolerance}; use e.g. 1e-9.")
-        self.form = ConicForm(problem, parameters, variables)
+        known = {id(one) for one in problem.constraints}
+        if any(id(one) not in known for one in constraints):
+            raise ValueError("ConvexProgram: constraints must be those of the problem, the same objects.")
+        self.form = ConicForm(problem, parameters, variables, constraints)
         self.parameter_names = tuple(parameter.name() for parameter in parameters)
         self.variable_names = tuple(variable.name() for variable in variables)
         self.solver, self.solver_options, self.tolerance = solver, dict(solver_options or {}), tolerance
@@ -153,15 +162,21 @@ class ConvexProgram(nn.Module):
             partial(self._find, equations), *numbers, form.inside(tensors, batch), spaces=spaces
         )
         z, codes, error = found
-        good = codes == Status.CONVERGED.code
         attached = root(
             equations.residual, z, *numbers, solver=self.linear_solver, batch_dims=len(batch),
             on_failure=self.on_failure if self.on_failure != "warn" else "nan", monitor=self.monitor,
         )  # fmt: skip
+        # root measures the distance by a Newton step, and has refused what an ill-conditioned Jacobian leaves open
+        good = torch.isfinite(attached).all(-1)
+        codes = torch.where(good | (codes != Status.CONVERGED.code), codes, Status.NOT_STATIONARY.code)
         value = self._value(equations, attached, good, data)
         x = attached[..., : form.n]
         by_name = {name: form.recover(x, i).to(dtype) for i, name in enumerate(self.variable_names)}
-        return ConvexSolution(x=by_name, codes=codes, iterations=0, error=error, value=value.to(dtype))
+        y = form.cones.project_dual(attached[..., form.n :]) if form.duals else attached
+        return ConvexSolution(
+            x=by_name, codes=codes, iterations=0, error=error, value=value.to(dtype),
+            duals=tuple(form.recover_dual(y, i).to(dtype) for i in range(len(form.duals))),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The names, for the module's representation."""

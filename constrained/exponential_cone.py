@@ -9,13 +9,14 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .scalar_root import scalar_root
+from .scalar_equations import scalar_root
 from .sets import Set
 from .structured import block_jacobian
 
 __all__ = ["ExponentialCone"]
 
 _LOGARITHM = 800.0  # beyond the logarithm of every ratio of two doubles
+_FLAT = 50.0  # where x < -50 y, the cone is z >= 0: its boundary exp(x / y) is less than the rounding of one
 _STEPS = 200  # bisection alone would need 64 for the last bit
 
 
@@ -50,7 +51,7 @@ class ExponentialCone(Set):
             raise ValueError(
                 f"ExponentialCone: x must have shape (*batch, 3 k), blocks (x, y, z), but it has {tuple(x.shape)}."
             )
-        return x.reshape(*x.shape[:-1], -1, 3)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // 3, 3)
 
     def _project(self, x: Tensor) -> Tensor:
         return _onto_cone(self._blocks(x)).reshape(x.shape)
@@ -75,7 +76,7 @@ def _onto_cone(v: Tensor) -> Tensor:
     # of two equal values, the one whose exponential does not grow
     top = torch.where(rho > 0, z + mu * torch.exp(-rho.clamp_min(0)), s * torch.exp(rho.clamp_max(0)))
     moved = unit * torch.stack([s * rho, s, top], dim=-1)
-    face = torch.stack([v[..., 0], torch.zeros_like(v[..., 0]), v[..., 2].clamp_min(0)], dim=-1)
+    face = torch.cat([v[..., :1], v[..., 1:].clamp_min(0)], dim=-1)
     p = torch.where(corner[..., None], face, moved)
     p = torch.where(polar[..., None], 0, p)
     p = torch.where(inside[..., None], v, p)
@@ -83,13 +84,13 @@ def _onto_cone(v: Tensor) -> Tensor:
 
 
 def _cases(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which points are in the cone, else in its polar, else nearest to the face y = 0."""
+    """Which points are in the cone, else in its polar, else nearest to a face: y = 0, or z = 0 up to exp(-50)."""
     above = (y > 0) & (y * torch.exp(x / torch.where(y > 0, y, 1)) <= z)
     inside = above | ((y == 0) & (x <= 0) & (z >= 0))
     below = (x > 0) & (x * torch.exp(y / torch.where(x > 0, x, 1) - 1) <= -z)
     polar = (below | ((x == 0) & (y <= 0) & (z <= 0))) & ~inside
     nan = x.isnan() | y.isnan() | z.isnan()
-    return inside, polar, ((x <= 0) & (y <= 0) & ~inside & ~polar) | nan
+    return inside, polar, ((x <= 0) & (y <= x / -_FLAT) & ~inside & ~polar) | nan
 
 
 def _residual(rho: Tensor, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,11 @@ def _residual(rho: Tensor, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Ten
 def _find_root(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     low = torch.where(x > 0, 1 - y / torch.where(x > 0, x, 1), -torch.inf)  # here s = 0
     high = torch.where(y > 0, x / torch.where(y > 0, y, 1), torch.inf)  # here mu = 0
-    low = torch.where(low.isfinite(), low, high.clamp_max(0) - _LOGARITHM)
-    high = torch.where(high.isfinite(), high, low.clamp_min(0) + _LOGARITHM)
+    # farther from zero than this an exponential outweighs everything, and beyond 1e60 a square would overflow
+    low, high = (
+        torch.maximum(low, high.clamp_max(0) - _LOGARITHM).clamp(-1e60, 1e60),
+        torch.minimum(high, low.clamp_min(0) + _LOGARITHM).clamp(-1e60, 1e60),
+    )
     rho, last = (low + high) / 2, high - low
     for _ in range(_STEPS):
         value, slope = _residual(rho, x, y, z)

@@ -89,7 +89,7 @@ class Program:
         column, row = torch.ones_like(self.q), torch.ones_like(self.d)
         P, C = self.Q.abs(), self.C.abs()
         shrink, fit = column, row
-        for sweep in range(3):  # Ruiz: the square root of the largest entry, in turn for all rows and columns
+        for sweep in range(2):  # Ruiz: the square root of the largest entry, in turn for all rows and columns
             if sweep:
                 P, C = P * (shrink[:, None] * shrink[..., None]), C * (fit[..., None] * shrink[:, None])
             largest, heights = P.amax(-1), amax(C)
@@ -170,25 +170,40 @@ class InteriorPoint:
         A = P.C[:, : P.p]
         return torch.baddbmm(P.Q, A.mT, A) if P.p else P.Q
 
-    def solve(self, tolerance: float, max_iter: int, start: tuple[Tensor, Tensor, Tensor] | None = None) -> PathState:
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of the rows' residuals."""
+        return self.program.d.abs().clamp_min(1).reciprocal()
+
+    def solve(
+        self,
+        tolerance: float,
+        max_iter: int,
+        start: tuple[Tensor, Tensor, Tensor] | None = None,
+        enough: float = 1.0,
+    ) -> PathState:
         """Run from the starting point.
 
         Args:
             tolerance: of the relative KKT residual.
             max_iter: limit of steps.
             start: (x, y, s) with positive slack and inequality duals; None for the method's own.
+            enough: the part of the items whose end ends the run; the others are STOPPED.
 
         Returns:
             The last state; no item RUNNING.
         """
         state = self.init() if start is None else self.evaluate(*start)
-        return iterate(self.step, state, max_iter=max_iter, tolerance=torch.full_like(state.error, tolerance))
+        left = int((1 - enough) * len(state.error))
+        callbacks = [lambda _, state: int(is_running(state.codes).sum()) <= left] if left else []
+        limit = torch.full_like(state.error, tolerance)
+        return iterate(self.step, state, max_iter=max_iter, tolerance=limit, callbacks=callbacks)
 
     def init(self) -> PathState:
         """The least-squares slack of CVXOPT's starting point, shifted into the interior."""
         P = self.program
         ones = P.d.new_ones(P.d.shape[0], P.m)
-        solve = self._factorise(ones, P.d.new_full(P.d.shape[:1], 1e-9))[0]
+        solve = self._factorise(ones, P.d.new_full(P.d.shape[:1], 100 * _least_shift(P.d)))[0]
         G, h = P.C[:, P.p :], P.d[:, P.p :]
         x, nu = solve(product(G.mT, h) - P.q, P.d[:, : P.p])
         gap = h - product(G, x)
@@ -213,11 +228,12 @@ class InteriorPoint:
         """
         P = self.program
         Qx, Cx, Cy = product(P.Q, x), product(P.C, x), product(P.C.mT, y)
-        dual = amax((Qx + P.q + Cy).abs()) / torch.maximum(amax(Qx.abs()), amax(Cy.abs())).clamp_min(1)
+        residual = torch.stack([Qx + P.q + Cy, Qx, Cy]).abs_()
+        sizes = residual.amax(-1) if residual.shape[-1] else residual.sum(-1)
+        dual = sizes[0] / sizes[1:].amax(0).clamp_min(1)
         gap = Cx - P.d
-        if P.m:
-            gap = torch.cat([gap[:, : P.p], gap[:, P.p :] + s], -1) if P.p else gap + s
-        primal = amax(gap.abs() / P.d.abs().clamp_min(1))
+        gap[:, P.p :] += s
+        primal = amax((gap * self.weights).abs_())
         products = y[:, P.p :] * s
         value = (x * (0.5 * Qx + P.q)).sum(-1)
         size = value.abs().clamp_min(1)
@@ -228,7 +244,7 @@ class InteriorPoint:
         error = torch.maximum(torch.maximum(dual, primal), complementarity)
         if before is None:
             zeros = torch.zeros_like(error, dtype=torch.int64)
-            return PathState(x, y, s, Qx, Cx, Cy, torch.full_like(error, 1e-11), zeros, zeros, error)
+            return PathState(x, y, s, Qx, Cx, Cy, torch.full_like(error, _least_shift(error)), zeros, zeros, error)
         codes, steps = before.codes, before.steps + 1
         if steps >= 8 and steps % 4 == 0:  # a program with a solution has mostly ended by then
             codes = self._certify(codes, x, y, Qx, Cx, Cy, primal, dual)
@@ -330,6 +346,11 @@ class InteriorPoint:
 CERTIFICATE = 1e-9
 
 
+def _least_shift(like: Tensor) -> float:
+    """Of the normal matrix, whose entries are near 1 at the start."""
+    return 1e-11 if like.dtype == torch.float64 else 1e-6
+
+
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     """The shape that all broadcast to."""
     return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return, no-untyped-call]
@@ -337,7 +358,7 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
 
 def product(matrix: Tensor, vector: Tensor) -> Tensor:
     """Matrices times vectors, item by item."""
-    return (matrix @ vector[..., None])[..., 0]
+    return torch.bmm(matrix, vector.unsqueeze(-1)).squeeze(-1)
 
 
 def amax(values: Tensor, empty: float = 0.0) -> Tensor:
@@ -347,5 +368,5 @@ def amax(values: Tensor, empty: float = 0.0) -> Tensor:
 
 def _longest(s: Tensor, ds: Tensor, lam: Tensor, dlam: Tensor, fraction: float | Tensor) -> Tensor:
     """The step, at most 1, that goes this fraction of the way to the boundary; shape (B, 1)."""
-    steepest = torch.maximum((-ds / s).amax(-1, keepdim=True), (-dlam / lam).amax(-1, keepdim=True))
+    steepest = -torch.minimum(ds / s, dlam / lam).amin(-1, keepdim=True)
     return fraction / torch.clamp(steepest, min=fraction)  # NaN where a direction is

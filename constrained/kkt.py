@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nestopt.implicit.jacobian import SystemJacobian
 from nestopt.implicit.pullback import pull
-from nestopt.implicit.transforms import alive, within_jvp
+from nestopt.implicit.transforms import alive, recording, within_jvp
 from nestopt.linalg import LSMR, LU, MINRESQLP, LinearOperator, LinearSolver, Prepared, Solution, Status, iterate
-from nestopt.linalg.result import any_of, evolve, is_running, scalar_or_tensor
+from nestopt.linalg.result import any_of, is_running, scalar_or_tensor
 
 __all__ = ["MinimumNorm", "Outside", "envelope", "refine", "spoil"]
 
@@ -155,7 +155,7 @@ class _Envelope(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> Any:
         tensors = alive(ctx.saved_tensors)
         wanted = [i for i, t in enumerate(tensors) if i >= ctx.count and t.is_floating_point()]
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
+        with recording([*tensors, v]):
             pulled = iter(_pull(ctx.function, tensors, wanted, v))
         return None, None, *(next(pulled) if i in wanted else None for i in range(len(tensors)))
 

@@ -38,7 +38,7 @@ class MirrorDescent(FirstOrder):
     where a distance to no bound counts as max(1, |y_i|). The scale is the larger of the gap at y0 and sum |f_i y_i|.
 
     Coordinates that vanish at the minimiser do so geometrically, and y never touches the boundary; a start on it is
-    moved inside by eps^(1/2) of the size of the set. Where exact zeros matter, use ProjectedGradient.
+    moved inside by eps times the size of the set. Where exact zeros matter, use ProjectedGradient.
 
     Cost of a step: one gradient of f, one more for each cut; no projection.
 
@@ -160,7 +160,7 @@ def _total_of(simplex: Simplex, y: Tensor) -> Tensor:
 
 def _interior(space: Simplex | Box | None, y: Tensor) -> Tensor:
     """The point, moved inside where it stands on the boundary."""
-    room = torch.finfo(y.dtype).eps ** 0.5
+    room = torch.finfo(y.dtype).eps
     if isinstance(space, Simplex):
         total = _total_of(space, y)
         y = torch.maximum(y, room * total)

@@ -11,9 +11,9 @@ from torch import Tensor
 from nestopt.linalg import LinearOperator
 
 from .affine import check_rows, onto_rows, orthonormal_rows, times
-from .opaque import opaque
 from .sets import Set
 from .structured import DiagonalPlusLowRank
+from .value_only import opaque
 
 __all__ = ["Polyhedron"]
 
@@ -111,7 +111,7 @@ class Polyhedron(Set):
 
 def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows of G are active at the projection, and W and Q of `onto_rows` for A and those."""
-    dtype, shape = x.dtype, x.shape
+    dtype = x.dtype
     x, G, h, A, b = (t.double() for t in (x, G, h, A, b))
     W, Q = orthonormal_rows(A, b, "Polyhedron")
     x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0)
@@ -123,8 +123,7 @@ def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Te
     moving = length > _INDEPENDENT * size
     length = torch.where(moving, length, 1)
     rows, gap = torch.where(moving[..., None], inner / length[..., None], 0), (h - times(G, start)) / length
-    batch = shape[:-1] if len(shape) - 1 >= gap.ndim - 1 else gap.shape[:-1]
-    n, m = shape[-1], gap.shape[-1]
+    batch, n, m = gap.shape[:-1], G.shape[-1], gap.shape[-1]
     rows, gap, moving = rows.expand(*batch, m, n), gap.expand(*batch, m), moving.expand(*batch, m)
     scale = torch.maximum(start.abs().amax(-1), (start - x).abs().amax(-1)) if n else x.new_ones(batch)
     scale = scale.expand(batch).clamp_min(1e-300)

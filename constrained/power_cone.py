@@ -10,14 +10,15 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .opaque import check_every
-from .scalar_root import scalar_root
+from .scalar_equations import scalar_root
 from .sets import Set
 from .structured import block_jacobian
+from .value_only import check_every
 
 __all__ = ["PowerCone"]
 
 _STEPS = 200
+_LONGEST = 120.0  # exp(-120) of a point of size one is nothing, and its square is still a number
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class PowerCone(Set):
 
     def __post_init__(self) -> None:
         alpha = torch.as_tensor(self.alpha).detach()
-        check_every((alpha > 0) & (alpha < 1), f"PowerCone: alpha must be between 0 and 1, but got {self.alpha}.")
+        check_every((alpha > 0) & (alpha < 1), "PowerCone: alpha must be strictly between 0 and 1; look for NaN.")
 
     def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._need_space(x)
@@ -59,8 +60,8 @@ class PowerCone(Set):
             raise ValueError(
                 f"PowerCone: x must have shape (*batch, 3 k), blocks (x, y, z), but it has {tuple(x.shape)}."
             )
-        blocks = x.reshape(*x.shape[:-1], -1, 3)
-        return blocks, self._fit(self.alpha, x, "alpha", blocks.shape[:-1]).expand(blocks.shape[:-1])
+        blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 3, 3)
+        return blocks, self._fit(self.alpha, x, "alpha", blocks.shape[:-1]) + x.new_zeros(blocks.shape[:-1])
 
     def _project(self, x: Tensor) -> Tensor:
         return _onto_cone(*self._blocks(x)).reshape(x.shape)
@@ -120,15 +121,16 @@ def _tau_slope(tau: Tensor, w: Tensor, by_m: Tensor) -> Tensor:
 
 
 def _find_root(x: Tensor, y: Tensor, w: Tensor, alpha: Tensor) -> Tensor:
-    low, high = torch.zeros_like(x), torch.full_like(x, 700.0)
-    tau, last = torch.full_like(x, math.log(2)), high.clone()
+    low, high = torch.zeros_like(x), torch.full_like(x, _LONGEST)
+    tau, last, eps = torch.full_like(x, math.log(2)), high.clone(), 2 * torch.finfo(x.dtype).eps
     for _ in range(_STEPS):
         _, X, Y, _, _, by_m = _parts(tau, x, y, w, alpha)
         value = alpha * torch.log(X) + (1 - alpha) * torch.log(Y) + tau - torch.log(w)
         low, high = torch.where(value <= 0, tau, low), torch.where(value >= 0, tau, high)
         step = -value / _tau_slope(tau, w, by_m)
         good = (tau + step > low) & (tau + step < high) & (step.abs() <= 0.5 * last)  # else it creeps along a flat side
-        settled = step.abs() <= 2 * torch.finfo(tau.dtype).eps * tau
+        # the logarithms are no more exact than this
+        settled = (step.abs() <= eps * tau) | (value.abs() <= eps * (torch.log(w).abs() + tau))
         following = torch.where(settled, tau, torch.where(good, tau + step, (low + high) / 2))
         last, tau = (following - tau).abs(), following
         if bool(settled.all()):

@@ -253,15 +253,16 @@ def _substitute(policy: Policy, kind: Kind, factors: Sequence[Tensor], r: Tensor
     wide = r.to(scale.dtype)
     rhs = system.gather(wide * scale, p, n)
     columns = rhs.flatten(0, sides - 1).movedim(0, -1) if sides else rhs[..., None]
-    u, rest = system.solve(columns)
-    tolerance = 1e-9 * _norm(columns)
-    for _ in range(8):  # near a change of the active set K is close to singular, and refinement takes longer
-        if bool((_norm(rest) <= tolerance).all()):
+    u, rest = system.solve(columns, 0)
+    size = _norm(columns)
+    tolerance = 1e-9 * size
+    for _ in range(8):
+        if bool((_norm(rest) <= 1e-13 * size).all()):
             break
         step = torch.linalg.lu_solve(system.factors, system.pivots, rest)
         trial = u + step
         fresh = columns - system.K @ trial
-        better = _norm(fresh) < _norm(rest)
+        better = _norm(fresh) < 0.5 * _norm(rest)
         u, rest = torch.where(better[..., None, :], trial, u), torch.where(better[..., None, :], fresh, rest)
         if not bool(better.any()):
             break
@@ -337,8 +338,10 @@ def outer(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
+    moved: Tensor = (matrix @ vector[..., None])[..., 0]
+    return moved
 
 
 def _norm(columns: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(columns, dim=-2)
+    norm: Tensor = torch.linalg.vector_norm(columns, dim=-2)
+    return norm

@@ -39,7 +39,7 @@ class Solved:
         weak: rows with neither dual nor slack, shape (B, m).
         scaled: the equilibrated programs.
         scaling: how they are scaled.
-        system: the active system of the strong rows where that is at hand.
+        system: the active systems that were tried last, None where there were none.
     """
 
     x: Tensor
@@ -55,11 +55,11 @@ class Solved:
 
     def factors(self, active: Tensor) -> tuple[Tensor, ...]:
         """The factors of the active system of these rows, as `qp_derivative.Factors`."""
-        same = self.system is not None and bool((active == self.strong).all())
-        system = self.system if same and self.system is not None else ActiveSystem.of(self.scaled, active)
+        useless = self.x.isnan().any(-1)
+        system = ActiveSystem.of(self.scaled, active) if self.system is None else self.system
+        system = system.moved(self.scaled, active, useless)
         scale = torch.cat([self.scaling.columns, self.scaling.rows], -1)
-        parts = (system.K, system.factors, system.pivots, system.index, system.valid, system.deficient)
-        return (*parts, scale, self.codes)
+        return (*system.parts(), scale, self.codes)
 
     def central(self, mu: float) -> Tensor:
         """(x, duals) of the point of the central path lam s = mu in the program's own units, shape (B, n + p + m)."""
@@ -78,10 +78,22 @@ class Solved:
         return torch.cat([state.x * scale.x, state.y * scale.y], -1)
 
 
-def interior_point(program: Program, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+def interior_point(
+    program: Program, tolerance: float, max_iter: int, enough: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The library's own solver."""
-    state = InteriorPoint(program, floor=0.1 * tolerance / max(program.m, 1)).solve(tolerance, max_iter)
+    method = InteriorPoint(program, floor=0.1 * tolerance / max(program.m, 1))
+    state = method.solve(tolerance, max_iter, enough=enough)
     return state.x, state.y, state.iterations
+
+
+def interior_point_float32(program: Program, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float32, for a loose tolerance at half the cost."""
+    narrow = Program(program.Q.float(), program.q.float(), program.C.float(), program.d.float(), program.p)
+    # the last few items take as many steps as all others: polishing ends most of them
+    x, y, steps = interior_point(narrow, tolerance, max_iter, enough=0.9)
+    x, y = (torch.where(torch.isfinite(t), t, 0).to(program.q.dtype) for t in (x, y))
+    return x, y, steps
 
 
 def solve_programs(
@@ -113,7 +125,8 @@ def solve_programs(
     B, m, p = len(program.q), program.m, program.p
     x, y = torch.zeros_like(program.q), torch.zeros_like(program.d)
     iterations = torch.zeros(B, dtype=torch.int64, device=x.device)
-    error, system = torch.full_like(x.sum(-1), torch.inf), None
+    error = torch.full_like(x.sum(-1), torch.inf)
+    system: ActiveSystem | None = None
     left: Tensor | None = None
     if warm is not None or not m or bounds_only:
         if warm is not None:
@@ -127,9 +140,12 @@ def solve_programs(
     if m and (left is None or bool(left.any())):
         rows = None if left is None or bool(left.all()) else left.nonzero()[:, 0]
         part = scaled if rows is None else scaled.take(rows)
-        # loosely first: the polished solution of the right active rows is exact; the tail is for those that need it
-        for tolerance in (1e-6, min(rtol, 1e-9)):
-            found_x, found_y, steps = (solver or interior_point)(part, tolerance, max_iter)
+        # loosely first: the polished solution of the right active rows is exact; more is for the items that need it
+        for loosely, tolerance in ((True, 1e-3), (False, 1e-6), (False, min(rtol, 1e-9))):
+            if loosely and solver is not None:
+                continue
+            finder = interior_point_float32 if loosely else (solver or interior_point)
+            found_x, found_y, steps = finder(part, tolerance, min(max_iter, 25) if loosely else max_iter)
             found_x, found_y, found_error, found_system = polish(
                 part, found_x, found_y, _seems_active(part, found_x, found_y)
             )
@@ -141,7 +157,7 @@ def solve_programs(
                     old.index_put((rows[better],), new[better])
                     for old, new in ((x, found_x), (y, found_y), (error, found_error))
                 )
-                iterations, system = iterations.index_add(0, rows, steps), None
+                iterations = iterations.index_add(0, rows, steps)
             left = error > rtol
             if not bool(left.any()):
                 break
@@ -161,8 +177,6 @@ def solve_programs(
     useless = torch.stack([codes == status.code for status in NUMBERLESS]).any(0)
     bad = useless[:, None]
     scaled = _trivial(scaled, useless) if bool(useless.any()) else scaled
-    if system is not None and (bool(useless.any()) or not _serves(system, strong)):
-        system = None
     return Solved(
         x=torch.where(bad, torch.nan, x * scaling.x), y=torch.where(bad, torch.nan, y * scaling.y), codes=codes,
         iterations=iterations, error=torch.where(useless, torch.nan, error), strong=strong & ~bad, weak=weak & ~bad,
@@ -175,11 +189,6 @@ def _seems_active(P: Program, x: Tensor, y: Tensor) -> Tensor:
     return y[:, P.p :] > (P.d - product(P.C, x))[:, P.p :]
 
 
-def _serves(system: ActiveSystem, active: Tensor) -> bool:
-    seen = torch.zeros_like(active).scatter(-1, system.index, system.valid)
-    return bool((seen == active).all())
-
-
 def _sanitise(program: Program) -> tuple[Program, Tensor]:
     """Rows without a limit become 0 x <= 1, and programs that are not numbers the trivial one."""
     p = program.p
@@ -188,8 +197,12 @@ def _sanitise(program: Program) -> tuple[Program, Tensor]:
     never = (program.d == -torch.inf)[:, p:].any(-1)
     d = torch.where(absent, 1, program.d)
     C = program.C if not bool(absent.any()) else torch.where(absent[..., None], 0, program.C)
-    finite = torch.isfinite(program.Q).all(-1).all(-1) & torch.isfinite(program.q).all(-1)
-    finite = finite & torch.isfinite(C).all(-1).all(-1) & ~torch.isnan(d).any(-1)
+    # a finite sum proves finite entries; an infinite one may be an overflow, and is looked at again
+    sums = program.Q.sum((-2, -1)) + program.q.sum(-1) + C.sum((-2, -1))
+    finite = torch.isfinite(sums) & ~torch.isnan(d).any(-1)
+    if not bool(finite.all()):
+        finite = torch.isfinite(program.Q).all(-1).all(-1) & torch.isfinite(program.q).all(-1)
+        finite = finite & torch.isfinite(C).all(-1).all(-1) & ~torch.isnan(d).any(-1)
     codes = torch.where(finite & torch.isfinite(d[:, :p]).all(-1), 0, Status.NON_FINITE.code)
     codes = torch.where((codes == 0) & never, Status.INFEASIBLE.code, codes)
     program = replace(program, C=C, d=d)
@@ -208,10 +221,16 @@ def _trivial(program: Program, rows: Tensor) -> Program:
 
 
 def _check_convex(scaled: Program, codes: Tensor) -> Tensor:
-    shifted = scaled.Q.clone()
+    narrow = scaled.Q.float()
+    narrow.diagonal(dim1=-2, dim2=-1).sub_(1e-4)  # with room for float32, which settles most at half the cost
+    doubtful = (torch.linalg.cholesky_ex(narrow)[1] > 0) & (codes == 0)
+    if not bool(doubtful.any()):
+        return codes
+    rows = doubtful.nonzero()[:, 0]
+    shifted = scaled.Q[rows]
     shifted.diagonal(dim1=-2, dim2=-1).add_(1e-9)
-    _, info = torch.linalg.cholesky_ex(shifted)
-    return torch.where((codes == 0) & (info > 0), Status.NOT_CONVEX.code, codes)
+    info = torch.linalg.cholesky_ex(shifted)[1]
+    return codes.index_put((rows,), torch.where(info > 0, Status.NOT_CONVEX.code, 0))
 
 
 def _certify(program: Program) -> Tensor:

@@ -91,7 +91,9 @@ def solve_qp(
     steps all items take in step. The active rows that it finds are then tried: the KKT system
     K = [[Q, C'], [C, 0]], C = A and the active rows of G, is solved by LU with refinement, rows with a negative dual
     leave and violated rows enter, for a few rounds, and the solution is exact to rounding once the rows are right.
-    Without inequalities this is the whole method. Inside, everything is float64.
+    The interior-point method runs first in float32 and loosely, until nine items in ten are near, and again in float64
+    and to 1e-6, then to rtol, for those items alone whose polished solution does not pass. Without inequalities, and
+    mostly with bounds only, no interior-point step is taken. Everything else is float64, whatever the data are.
 
     CONVERGED means that the relative KKT residual at x is at most rtol: the largest, in the equilibrated program, of
     |Qx + q + A'nu + G'lam| / max(|Qx|, |A'nu + G'lam|, 1), |Ax - b| and (Gx - h)_+ relative to the row's right-hand
@@ -328,7 +330,7 @@ def _number(value: Tensor) -> Any:
 
 
 def _slack(G: Tensor, h: Tensor, x: Tensor, rows: int) -> Tensor:
-    """The slack h - G x of the first rows, where NaN in an item's x reaches no gradient of G that does not ask for it."""
+    """The slack h - G x of the first rows, where an item's NaN reaches no gradient of G that does not ask for it."""
     bad = x.isnan()
     slack = h[..., :rows] - (G[..., :rows, :] @ torch.where(bad, 0, x)[..., None])[..., 0]
     return slack + torch.where(bad, x, 0).sum(-1, keepdim=True)

@@ -18,8 +18,8 @@ from nestopt.linalg import LinearSolver, Result, Status
 from nestopt.linalg.result import scalar_or_tensor
 
 from .kkt import MinimumNorm, envelope, refine, spoil
-from .opaque import opaque
 from .problem import KKT, Problem, Rows
+from .value_only import opaque
 
 __all__ = ["Degenerate", "ProblemSolution", "solution"]
 
@@ -89,8 +89,9 @@ def solution(
       min (x - t)^2 / 2, x <= 0, it is dx/dt = (1 - t / sqrt(t^2 + 4 smoothing)) / 2.
 
     Where gradients of active rows depend on each other (LICQ fails), the multipliers are not unique and the system is
-    singular: `dependent` counts them, an ImplicitWarning says so, and the derivative is the shortest solution in
-    (dx, d lam); x moves uniquely if its constraints keep consistent, and if they do not, the solve is SINGULAR.
+    singular: `dependent` counts such rows, an ImplicitWarning says so, and the derivative is the shortest solution
+    (dx, d lam) of the system. A solve without one is SINGULAR: in a backward pass for a single multiplier of several
+    that may be exchanged, in forward mode for parameters that move the rows apart (which a backward pass cannot see).
 
     Cost: one evaluation and one backward pass a row of h and g for the multipliers, and one factorisation; see
     `implicit.root`.
@@ -160,6 +161,9 @@ def solution(
             choices.append(active)
         each = [_attach(rows, start, choice, theta, options) for choice in choices]
         found = each[0] if len(each) == 1 else tuple((a + b) / 2 for a, b in zip(*each, strict=True))
+    if on_failure == "nan":  # root has refused what an ill-conditioned system leaves open
+        left = good & ~torch.stack([torch.isfinite(part).all(-1) for part in found]).all(0)
+        good, codes = good & ~left, torch.where(left, Status.NOT_STATIONARY.code, codes)
     # a failed item's value is taken where it is a number, so that it adds no NaN to derivatives that leave it out
     numbers = [torch.where(torch.isfinite(part), part, 0) for part in (v, lam, mu)]
     safe = [torch.where(good[..., None], part, at) for part, at in zip(found, numbers, strict=True)]
@@ -214,6 +218,8 @@ def _estimate(
     active = -t * _size(v)[..., None] <= G
     m, p = lam.shape[-1], rows.g.size if rows.g else 0
     C = torch.cat([h_x, torch.where(active[..., None], G_x, 0)], -2)
+    finite = torch.isfinite(C).all(-1).all(-1)
+    C = torch.where(finite[..., None, None], C, 0)  # LAPACK refuses NaN by an exception; the residuals say what it was
     dependent = v.new_zeros(rows.batch, dtype=torch.int64)
     if not C.shape[-2]:
         return lam, mu, active, dependent
@@ -223,7 +229,7 @@ def _estimate(
     sigma = torch.linalg.svdvals(unit)
     tiny = 100 * max(C.shape[-2:]) * torch.finfo(v.dtype).eps
     rank = (sigma > tiny * sigma[..., :1]).sum(-1)
-    dependent = held.sum(-1) - rank
+    dependent = torch.where(finite, held.sum(-1) - rank, 0)
     wanted = [*[not given[0]] * m, *[not given[1]] * p, *[not given[2]] * (C.shape[-2] - m - p)]
     if any(wanted):
         mask = torch.tensor(wanted, device=v.device)

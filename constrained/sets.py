@@ -16,8 +16,9 @@ from nestopt.implicit.jacobian import SystemJacobian
 from nestopt.linalg import LinearOperator
 from nestopt.linalg.tree import leaf_paths, named_tree
 
-from .opaque import check_every
+from .arguments import fit, need_floating
 from .structured import DiagonalPlusLowRank
+from .value_only import check_every
 
 __all__ = [
     "Ball",
@@ -142,9 +143,7 @@ class Set(ABC):
             return SystemJacobian(flat, x.flatten(-self.space_dims).clone(), (), (), symmetric=True)
 
     def _check(self, x: Tensor, method: str) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{type(self).__name__}.{method}: x must be a real floating tensor, but got {kind}.")
+        need_floating(f"{type(self).__name__}.{method}", x)
 
     def _fit(self, value: float | Tensor, x: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """A number or tensor of the set as a tensor that broadcasts to x, or an error that says why it does not.
@@ -161,22 +160,7 @@ class Set(ABC):
         Raises:
             ValueError: for another dtype or device, or a shape that does not broadcast.
         """
-        owner = type(self).__name__
-        if not isinstance(value, Tensor):
-            return x.new_tensor(value)
-        if value.dtype != x.dtype or value.device != x.device:
-            raise ValueError(
-                f"{owner}: {name} is {value.dtype} on {value.device}, but x is {x.dtype} on {x.device}; convert one "
-                "with .to()."
-            )
-        shape = x.shape if shape is None else shape
-        if value.ndim > len(shape) or any(
-            a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"{owner}: {name} of shape {tuple(value.shape)} does not broadcast to x of shape {tuple(x.shape)}."
-            )
-        return value
+        return fit(type(self).__name__, name, value, x, x.shape if shape is None else torch.Size(shape))
 
     def _fit_item(self, value: float | Tensor, x: Tensor, name: str) -> Tensor:
         """A number, or a tensor with one value an item of the batch, with dimensions of size 1 for the space."""

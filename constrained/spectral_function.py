@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.implicit.pullback import pull
 from nestopt.implicit.transforms import (
     alive,
     forward_mode,
@@ -36,7 +37,7 @@ __all__ = [
     "with_value",
 ]
 
-Derivative = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Derivative = Callable[..., Tensor]
 
 
 def differentiated(*tensors: Tensor) -> bool:
@@ -65,27 +66,28 @@ def with_value(formula: Tensor, value: Tensor) -> Tensor:
 
 
 class _SelfAdjoint(torch.autograd.Function):
-    """Y(X), computed before, whose derivative in a direction is `derivative(X, Y, c, C, direction)`, self-adjoint."""
+    """Y(X), computed before, with a self-adjoint derivative, `derivative(X, Y, *constants, direction)`."""
 
     @staticmethod
-    def forward(derivative: Derivative, X: Tensor, Y: Tensor, c: Tensor, C: Tensor) -> Tensor:
+    def forward(derivative: Derivative, X: Tensor, Y: Tensor, *constants: Tensor) -> Tensor:
         return Y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.set_materialize_grads(False)
-        ctx.derivative, X, _, c, C = inputs
+        ctx.derivative, X, _, *constants = inputs
         # the OUTPUT is saved: it comes back attached to this node, so that a second derivative sees it move
-        ctx.save_for_backward(X, output, c, C)
-        ctx.save_for_forward(X, output, c, C)
+        ctx.save_for_backward(X, output, *constants)
+        ctx.save_for_forward(X, output, *constants)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None) -> Any:
         if v is None:
-            return (None,) * 5
+            return (None,) * len(ctx.needs_input_grad)
         saved = alive(ctx.saved_tensors)
         with recording([*saved, v]):
-            return None, over_batched_gradients(lambda rows: ctx.derivative(*saved, rows), v), None, None, None
+            pulled = over_batched_gradients(lambda rows: ctx.derivative(*saved, rows), v)
+        return None, pulled, *(None,) * (len(ctx.needs_input_grad) - 2)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -178,8 +180,9 @@ def dilation(X: Tensor) -> Tensor:
 def shrink(X: Tensor, threshold: Tensor) -> Tensor:
     """U max(S - threshold, 0) V' for X = U S V'.
 
-    Derivatives come from the dilation Z of X: this is the upper right block of 2 max(Z - threshold, 0), because the
-    spectrum of Z is symmetric. At the kink S_i = threshold > 0 the limit from below is taken.
+    Its derivative is `shrink_product`, and higher ones come from the dilation Z of X: this is the upper right block of
+    2 max(Z - threshold, 0), because the spectrum of Z is symmetric. At the kink S_i = threshold > 0 the limit from
+    below is taken.
 
     Args:
         X: finite, of shape (*batch, m, n).
@@ -191,10 +194,65 @@ def shrink(X: Tensor, threshold: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(X.detach(), full_matrices=False)
     value = (U * (S[..., None, :] - threshold.detach()).clamp_min(0)) @ Vh
     if differentiated(X, threshold):
-        m, n = X.shape[-2:]
-        eye = torch.eye(m + n, dtype=X.dtype, device=X.device)
-        value = with_value(2 * positive_part(dilation(X) - threshold * eye, 0.0)[..., :m, m:], value)
+        t = threshold.expand(*X.shape[:-2], 1, 1)
+        value = _Shrink.apply(X, t, value, U, S, Vh)  # type: ignore[no-untyped-call]
     return torch.where(threshold == 0, X, value)
+
+
+class _Shrink(torch.autograd.Function):
+    """Y(X, t), computed before, with dY = shrink_product(dX) - E dt, E from the singular vectors that are kept."""
+
+    @staticmethod
+    def forward(X: Tensor, t: Tensor, Y: Tensor, *factors: Tensor) -> Tensor:
+        return Y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        X, t, _, *factors = inputs
+        ctx.save_for_backward(X, t, *factors)
+        ctx.save_for_forward(X, t, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None) -> Any:
+        if v is None:
+            return (None,) * 6
+        X, t, U, S, Vh = alive(ctx.saved_tensors)
+        with recording([X, t, v]):
+            by_point = over_batched_gradients(lambda rows: _by_point(X, t, U, S, Vh, rows), v)
+            wanted = ctx.needs_input_grad[1]
+            by_level = -(_by_level(X, t, U, S, Vh) * v).sum((-2, -1), keepdim=True) if wanted else None
+        return by_point, by_level, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        X_dot, t_dot = tangents[:2]
+        with within_jvp(ctx, [dot for dot in (X_dot, t_dot) if dot is not None]) as (X, t, U, S, Vh):
+            X_dot = torch.zeros_like(X) if X_dot is None else X_dot
+            moved = over_batched_gradients(lambda rows: _by_point(X, t, U, S, Vh, rows), X_dot)
+            return moved if t_dot is None else moved - _by_level(X, t, U, S, Vh) * t_dot
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        return _Shrink.apply(*mapped_in_front(info, in_dims, inputs)), 0  # type: ignore[no-untyped-call]
+
+
+def _by_point(X: Tensor, t: Tensor, U: Tensor, S: Tensor, Vh: Tensor, H: Tensor) -> Tensor:
+    product = shrink_product(U, S, Vh, t, H)
+    if not differentiated(X, t, H):
+        return product
+    m = X.shape[-2]
+    (formula,) = pull(lambda Z: (2 * _above(Z, t)[..., :m, m:],), [X.expand(H.shape)], [H])
+    return with_value(formula, product.detach())
+
+
+def _by_level(X: Tensor, t: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    E = (U * (surplus(S, t) > 0)[..., None, :]) @ Vh
+    if not differentiated(X, t):
+        return E
+    trace = torch.ones(X.shape[:-2], dtype=X.dtype, device=X.device)
+    (formula,) = pull(lambda Z: (_above(Z, t).diagonal(dim1=-2, dim2=-1).sum(-1),), [X], [trace])
+    return with_value(formula, E)
 
 
 def shrunk_sum(X: Tensor, threshold: Tensor) -> Tensor:
@@ -208,12 +266,17 @@ def shrunk_sum(X: Tensor, threshold: Tensor) -> Tensor:
         A tensor of shape (*batch, 1, 1).
     """
     S = torch.linalg.svdvals(X.detach())
-    value = (S[..., None, :] - threshold.detach()).clamp_min(0).sum(-1, keepdim=True)
+    value: Tensor = (S[..., None, :] - threshold.detach()).clamp_min(0).sum(-1, keepdim=True)
     if not differentiated(X, threshold):
         return value
-    eye = torch.eye(sum(X.shape[-2:]), dtype=X.dtype, device=X.device)
-    over = positive_part(dilation(X) - threshold * eye, 0.0)
-    return with_value(over.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None], value)
+    trace: Tensor = _above(X, threshold).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return with_value(trace[..., None, None], value)
+
+
+def _above(X: Tensor, threshold: Tensor) -> Tensor:
+    """The positive part of the dilation less the threshold."""
+    Z = dilation(X)
+    return positive_part(Z - threshold * torch.eye(Z.shape[-1], dtype=X.dtype, device=X.device), 0.0)
 
 
 def surplus(S: Tensor, threshold: Tensor) -> Tensor:

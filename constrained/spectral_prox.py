@@ -26,7 +26,8 @@ class NuclearNorm(Prox):
     zeroed. The gradient of the value is U V', from the positive singular values
     alone.
 
-    Cost: one thin singular value decomposition; derivatives add an eigendecomposition of order m + n.
+    Cost: one thin singular value decomposition; second derivatives, and the value's, add eigendecompositions of order
+    m + n.
 
     Args:
         weight: number >= 0, or tensor that broadcasts to (*batch,).

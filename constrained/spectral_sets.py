@@ -89,7 +89,7 @@ class SpectralBall(Set):
     P(X) = U min(S, radius) V' for X = U S V'. The derivative is right for repeated and clustered singular values, to
     every order. At the kink, a singular value equal to the radius, D is the limit from inside.
 
-    Cost: one thin singular value decomposition; derivatives add an eigendecomposition of order m + n.
+    Cost: one thin singular value decomposition; second derivatives add eigendecompositions of order m + n.
 
     Args:
         radius: number >= 0, or tensor of shape (*batch,).
@@ -169,11 +169,13 @@ class NuclearBall(Set):
         X, finite = _finite(x)
         if 0 in X.shape[-2:]:
             return x
-        inside, count, theta = _level(torch.linalg.svdvals(X.detach()), radius.detach())
+        U, S, Vh = torch.linalg.svd(X.detach(), full_matrices=False)
+        inside, count, theta, over = _level(S, radius.detach())
+        P = (U * over[..., None, :]) @ Vh
         if differentiated(X, radius):
             # theta is detached: one Newton step on sum max(S - theta, 0) = radius, which is linear here, moves it
-            theta = with_value((shrunk_sum(X, theta) - radius) / count, theta)
-        P = torch.where(inside, X, shrink(X, theta))
+            P = with_value(shrink(X, with_value((shrunk_sum(X, theta) - radius) / count, theta)), P)
+        P = torch.where(inside, X, P)
         return torch.where(finite, torch.where(radius == 0, 0, P), torch.nan)  # a ball of one point has no derivative
 
     def _jacobian(self, x: Tensor) -> LinearOperator:
@@ -182,7 +184,7 @@ class NuclearBall(Set):
         if 0 in X.shape[-2:]:
             return matrix_operator(x, finite, lambda H: H)
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-        inside, count, theta = _level(S, radius)
+        inside, count, theta, _ = _level(S, radius)
         E = (U * (surplus(S, theta) > 0)[..., None, :]) @ Vh
 
         def product(H: Tensor) -> Tensor:
@@ -197,12 +199,15 @@ def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
     return finite_or(x, torch.zeros(x.shape[-2:], dtype=x.dtype, device=x.device))
 
 
-def _level(S: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the descending S sum to at most the radius, how many stay, and theta, all of shape (*batch, 1, 1)."""
-    sums, numbers = S.cumsum(-1), torch.arange(1, S.shape[-1] + 1, dtype=S.dtype, device=S.device)
+def _level(S: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether the descending S sum to at most the radius, how many stay, theta, and max(S - theta, 0)."""
+    down = S - S[..., :1]  # the first is subtracted first, so that large values lose nothing
+    sums, numbers = down.cumsum(-1), torch.arange(1, S.shape[-1] + 1, dtype=S.dtype, device=S.device)
     inside = S.sum(-1)[..., None, None] <= radius
     level = radius[..., 0] if radius.ndim else radius
-    count = (S * numbers > sums - level).sum(-1, keepdim=True).clamp_min(1)
+    count = (down * numbers > sums - level).sum(-1, keepdim=True).clamp_min(1)
     theta = (sums.gather(-1, count - 1) - level) / count
+    over = (down - theta).clamp_min(0)
     # inside, where theta is not used, a positive one keeps the derivatives finite
-    return inside, count[..., None], torch.where(inside, 1 + S[..., :1, None], theta[..., None])
+    theta = torch.where(inside, 1 + S[..., :1, None], (S[..., :1] + theta)[..., None])
+    return inside, count[..., None], theta, over

@@ -11,8 +11,8 @@ from torch import Tensor
 from nestopt.linalg import FunctionOperator, LinearOperator
 
 from .arguments import check_weight, fit, nonnegative
-from .opaque import opaque
 from .prox import Prox
+from .value_only import opaque
 
 __all__ = ["TotalVariation1D"]
 
@@ -60,7 +60,9 @@ class TotalVariation1D(Prox):
         jumps = opaque(_solve, x, t, spaces=[1, 1]).diff(dim=-1)
         # where nothing binds two neighbours, they are apart even if they are equal
         starts = (jumps != 0) | (t == 0)
-        return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0)), jumps.sign().to(x.dtype)
+        return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0)), torch.where(
+            jumps.isnan(), torch.nan, jumps.sign()
+        ).to(x.dtype)
 
     def _threshold(self, x: Tensor, step: Tensor) -> Tensor:
         return (step * self._weights(x)).expand(*x.shape[:-1], x.shape[-1] - 1)

@@ -138,7 +138,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # these tensors are small
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    data, epochs, hidden = load(600 if options.quick else 1797), 20 if options.quick else 40, 32
+    data, epochs, hidden = load(600 if options.quick else 1797), 20 if options.quick else 30, 32
     features, monitor = data[0].shape[1], implicit.Monitor()
     print(ROW.format("digits, 100 labels", "epochs", "seconds", "accuracy", "distance", "residual"))
     mlp = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 10))

@@ -3,8 +3,10 @@
 from .adam import Adam, AdamState, AdamW
 from .anderson import Anderson
 from .backward_pass import BackwardPass
+from .blackbox_gradients import BlackboxOptimizer, blackbox
 from .broyden import Broyden
 from .comparison import PassComparison, PassReport, compare
+from .contrastive_losses import ContrastiveLoss, SolutionPool, contrastive, contrastive_map
 from .descent import GradientDescent
 from .differentiable_optimizers import DifferentiableOptimizer
 from .equilibrium import DEQ
@@ -22,7 +24,9 @@ from .natural_gradient import MFACOptimizer
 from .newton import NewtonCG
 from .newton_krylov import NewtonKrylov
 from .one_step import OneStep
+from .oracles import Oracle, decide, optimal_value, regret
 from .outputs import mark_outputs
+from .perturbation import FenchelYoungLoss, PerturbedOptimizer, fenchel_young, perturbed
 from .phantom import Phantom
 from .picard import Picard
 from .pruning import CubicSparsity, Pruner, PruneStep
@@ -30,6 +34,7 @@ from .regularized_newton import RegularizedNewton
 from .roots import root
 from .sgd import SGD, SGDState
 from .sophia import Sophia
+from .spo import SPOPlusLoss, spo_plus
 from .stationary import argmin
 from .torch_optimizers import from_torch
 from .truncated import Truncated
@@ -47,9 +52,12 @@ __all__ = [
     "Anderson",
     "ArgminLayer",
     "BackwardPass",
+    "BlackboxOptimizer",
     "Broyden",
+    "ContrastiveLoss",
     "CubicSparsity",
     "DifferentiableOptimizer",
+    "FenchelYoungLoss",
     "FixedPointLayer",
     "FixedPointResult",
     "FixedPointSolver",
@@ -64,8 +72,10 @@ __all__ = [
     "NewtonCG",
     "NewtonKrylov",
     "OneStep",
+    "Oracle",
     "PassComparison",
     "PassReport",
+    "PerturbedOptimizer",
     "Phantom",
     "Picard",
     "PruneStep",
@@ -74,16 +84,27 @@ __all__ = [
     "RegularizedNewton",
     "RootLayer",
     "SGDState",
+    "SPOPlusLoss",
+    "SolutionPool",
     "Sophia",
     "Trained",
     "Truncated",
     "Unroll",
     "WarmStart",
     "argmin",
+    "blackbox",
     "compare",
+    "contrastive",
+    "contrastive_map",
+    "decide",
+    "fenchel_young",
     "fixed_point",
     "from_torch",
     "mark_outputs",
+    "optimal_value",
+    "perturbed",
+    "regret",
     "root",
+    "spo_plus",
     "unroll_training",
 ]

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestopt.linalg import Status
-from nestopt.linalg.orthogonal import combine
+from nestopt.linalg.result import any_of
 
-from .fixed_point_solver import FixedPointSolver, FixedPointState, Problem, check_positive, norm
+from .fixed_point_solver import FixedPointSolver, FixedPointState, Problem, check_positive, dots, mix, norm, select
 
 __all__ = ["Anderson", "AndersonState", "mixing_weights"]
 
@@ -24,7 +24,7 @@ class AndersonState(FixedPointState):
     """Where Anderson acceleration stands.
 
     Attributes:
-        steps: the last differences of y, of shape (memory, *batch, n), zero where there is none.
+        steps: the last differences of y, of shape (*batch, memory, n), zero where there is none.
         changes: those of F.
         damping: of every item.
         accelerated: whether the last step mixed differences in.
@@ -99,7 +99,7 @@ class Anderson(FixedPointSolver):
 
     def _start(self, problem: Problem, y: Tensor, residual: Tensor) -> dict[str, Any]:
         damping = torch.full_like(norm(residual), self.damping)
-        empty = y.new_zeros(self.memory, *y.shape)
+        empty = y.new_zeros(*y.shape[:-1], self.memory, y.shape[-1])
         return {
             "steps": empty, "changes": empty, "damping": damping,
             "accelerated": torch.zeros_like(damping, dtype=torch.bool),
@@ -107,26 +107,26 @@ class Anderson(FixedPointSolver):
 
     def _step(self, problem: Problem, s: AndersonState, running: Tensor) -> dict[str, Any]:
         failed = running & s.accelerated & (s.error > self.growth * s.best_error)
-        base = torch.where(failed[..., None], s.best, s.y)
-        F = torch.where(failed[..., None], s.best_residual, s.residual)
-        keep = (running & ~failed)[..., None]
+        base, F = select(failed, s.best, s.y), select(failed, s.best_residual, s.residual)
+        keep = (running & ~failed)[..., None, None]
         dY, dF = torch.where(keep, s.steps, 0), torch.where(keep, s.changes, 0)
         regularization = self.regularization
         if regularization is None:
             regularization = 10 * self.memory * torch.finfo(F.dtype).eps
         weights = mixing_weights(dF, F, regularization)
-        accelerated = (weights != 0).any(0)
+        accelerated = (weights != 0).any(-1)
         recovered = torch.where(s.stale == 0, (2 * s.damping).clamp_max(self.damping), s.damping)
         damping = torch.where(failed, s.damping / 2, recovered)
-        y = base - combine(weights, dY) - damping[..., None] * (F - combine(weights, dF))
+        y = base - mix(weights, dY) - damping[..., None] * (F - mix(weights, dF))
         new = problem.evaluate(y)
 
         lost = running & accelerated & ~torch.isfinite(norm(new))
         damping = torch.where(lost, damping / 2, damping)
         length = norm(y - base)
-        y, new = torch.where(lost[..., None], base, y), torch.where(lost[..., None], F, new)
-        dY, dF = torch.where(lost[..., None], 0, dY), torch.where(lost[..., None], 0, dF)
-        dY[s.slot], dF[s.slot] = y - base, new - F
+        if lost.is_cuda or any_of(lost):
+            y, new = select(lost, base, y), select(lost, F, new)
+            dY, dF = (d.masked_fill(lost[..., None, None], 0) for d in (dY, dF))
+        dY[..., s.slot, :], dF[..., s.slot, :] = y - base, new - F
         hopeless = running & (damping < _LOWEST * self.damping)
         return {
             "y": y, "residual": new, "length": torch.where(lost, torch.inf, length), "steps": dY, "changes": dF,
@@ -136,32 +136,30 @@ class Anderson(FixedPointSolver):
 
 
 def mixing_weights(
-    changes: Float[Tensor, "m *batch n"], residual: Float[Tensor, "*batch n"], regularization: float
-) -> Float[Tensor, "m *batch"]:
+    changes: Float[Tensor, "*batch m n"], residual: Float[Tensor, "*batch n"], regularization: float
+) -> Float[Tensor, "*batch m"]:
     """The w that minimises |F - dF w|^2 + regularization |D w|^2 per item, D the lengths of dF's columns.
 
     Args:
-        changes: dF; columns of zeros get no weight.
+        changes: the columns of dF, as rows; those that are zero get no weight.
         residual: F.
         regularization: relative to the columns' squared lengths.
 
     Returns:
         The weights; zero for an item whose columns depend on each other more than the regularization can mend.
     """
+    dtype = changes.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # LAPACK has no half precision
+    changes, residual = changes.to(wide), residual.to(wide)
     size = norm(changes)
     scale = torch.where(size > 0, size, 1)
     Q = changes / scale[..., None]
-    G = torch.einsum("i...n,j...n->...ij", Q, Q)
-    empty = (size == 0).to(G.dtype).movedim(0, -1)
-    L, info = torch.linalg.cholesky_ex(G + torch.diag_embed(empty + regularization))
+    L, info = torch.linalg.cholesky_ex(Q @ Q.mT + torch.diag_embed((size == 0).to(Q.dtype) + regularization))
 
     def solve(projected: Tensor) -> Tensor:
-        return torch.cholesky_solve(projected.movedim(0, -1)[..., None], L)[..., 0].movedim(-1, 0)
+        return torch.cholesky_solve(projected[..., None], L)[..., 0]
 
-    def project(v: Tensor) -> Tensor:
-        return torch.einsum("i...n,...n->i...", Q, v)
-
-    w = solve(project(residual))
+    w = solve(dots(Q, residual))
     # the normal equations square the condition number; a step from the residual gives back what that lost
-    w = w + solve(project(residual - combine(w, Q)) - regularization * w)
-    return torch.where(info > 0, 0, w / scale)
+    w = w + solve(dots(Q, residual - mix(w, Q)) - regularization * w)
+    return torch.where((info > 0)[..., None], 0, w / scale).to(dtype)

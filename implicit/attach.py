@@ -14,7 +14,16 @@ from .options import Options
 from .pullback import pairing, pull, restrict
 from .recomputation import recomputed
 from .system import System
-from .transforms import alive, forward_mode, over_batched_gradients, recording, tracked, transformed, within_jvp
+from .transforms import (
+    alive,
+    forward_mode,
+    over_batched_gradients,
+    recording,
+    tracked,
+    transformed,
+    untraced,
+    within_jvp,
+)
 from .unroll import Unroll
 
 __all__ = ["attach_derivative"]
@@ -200,30 +209,30 @@ class _Sizes(torch.autograd.Function):
 
 
 class _Replaced(torch.autograd.Function):
-    """y with the derivative of z; where y is NaN, so is the derivative of whatever asks for it."""
+    """y with the derivative of z; where `usable` is not finite, the derivative of whatever asks for it is NaN."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, z: Tensor) -> Tensor:
+    def forward(y: Tensor, usable: Tensor, z: Tensor) -> Tensor:
         return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return None, _blanked(alive(ctx.saved_tensors)[0], v)
+        return None, None, _blanked(alive(ctx.saved_tensors)[0], v)
 
     @staticmethod
-    def jvp(ctx: Any, y_dot: Tensor | None, z_dot: Tensor) -> Tensor:
+    def jvp(ctx: Any, y_dot: Tensor | None, usable_dot: Tensor | None, z_dot: Tensor) -> Tensor:
         return _blanked(alive(ctx.saved_tensors)[0], z_dot)
 
 
-def _blanked(y: Tensor, v: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(y).all(-1, keepdim=True) | (v == 0), v, torch.nan)
+def _blanked(usable: Tensor, v: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(usable) | (v == 0), v, torch.nan)
 
 
 def _unrolled(system: System, operands: Operands, unroll: Unroll) -> Tensor:
@@ -231,7 +240,9 @@ def _unrolled(system: System, operands: Operands, unroll: Unroll) -> Tensor:
     held = [tensor.detach() for tensor in operands.theta]
     y = _apply(_Root, system, operands.y, *held)
     is_map = system.border.equation.is_map
-    sizes = torch.ones_like(y[..., 0]) if is_map else _apply(_Sizes, system, operands.y, *held)
+    sizes = y.new_ones(y.shape[:-1]) if is_map else _apply(_Sizes, system, operands.y, *held)
+    usable = (sizes + 0 * y.detach().sum(-1))[..., None]
+    sizes = torch.where(torch.isfinite(sizes), sizes, 0)
     z = _apply(_Held, system, y.detach(), *operands.theta)
 
     def run(z: Tensor, sizes: Tensor, *theta: Tensor, steps: int) -> Tensor:
@@ -246,7 +257,7 @@ def _unrolled(system: System, operands: Operands, unroll: Unroll) -> Tensor:
             z = steps(z, sizes, *operands.theta)
         else:
             ((z,), _) = recomputed(lambda *tensors, steps=steps: ((steps(*tensors),), ()), z, sizes, *operands.theta)
-    return _apply(_Replaced, y, z)
+    return _apply(_Replaced, y, usable, z)
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -278,12 +289,11 @@ def _given(tangents: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
     return [i for i, _ in pairs], [tangent for _, tangent in pairs]
 
 
+@untraced
 def attach_derivative(
     equation: Equation, function: Callable[..., Any], y: Any, theta: tuple[Any, ...], options: Options
 ) -> Any:
     """Attach to y the derivative that R(y, theta) = 0 gives it.
-
-    Under torch.compile this runs as it is, in a graph break: the solves look at their residuals.
 
     Args:
         equation: of the public function.
@@ -295,8 +305,6 @@ def attach_derivative(
     Returns:
         y as its tree.
     """
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(attach_derivative)(equation, function, y, theta, options)  # type: ignore[no-untyped-call]
     options.check(equation.owner, equation.is_map)
     if torch.is_inference_mode_enabled():  # where nothing is recorded, but y is certified all the same
         with torch.inference_mode(False), torch.no_grad():

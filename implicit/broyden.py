@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nestopt.linalg import Status
-from nestopt.linalg.orthogonal import combine
+from nestopt.linalg.result import any_of
 
-from .fixed_point_solver import FixedPointSolver, FixedPointState, Problem, check_positive, norm
+from .fixed_point_solver import FixedPointSolver, FixedPointState, Problem, check_positive, dots, mix, norm, select
 
 __all__ = ["Broyden", "BroydenState"]
 
@@ -27,7 +27,7 @@ class BroydenState(FixedPointState):
     Attributes:
         direction: -H F.
         t: the part of it to try next.
-        left: u_j of H = beta I + sum_j u_j v_j', of shape (memory, *batch, n).
+        left: u_j of H = beta I + sum_j u_j v_j', of shape (*batch, memory, n).
         right: v_j.
         used: how many of them every item has.
         beta: of every item.
@@ -110,7 +110,7 @@ class Broyden(FixedPointSolver):
         beta = 0.5 * norm(y).clamp_min(1) / torch.where(size > 0, size, 1)
         if self.scale is not None or problem.is_map:
             beta = torch.full_like(size, 1.0 if self.scale is None else self.scale)
-        count, empty = torch.zeros_like(size, dtype=torch.int64), y.new_zeros(self.memory, *y.shape)
+        count, empty = torch.zeros_like(size, dtype=torch.int64), y.new_zeros(*y.shape[:-1], self.memory, y.shape[-1])
         return {
             "direction": -beta[..., None] * residual, "t": torch.ones_like(size), "left": empty, "right": empty,
             "used": count, "beta": beta, "accepted": count, "refused": count,
@@ -126,10 +126,10 @@ class Broyden(FixedPointSolver):
         good = running & finite & (size <= bound * s.error)
         shorten = running & ~good & ((s.t > _SHORTEST) | ~finite)
         learn = running & ~shorten
-        left, right, used, beta = self._update(problem, s, learn, torch.where(learn[..., None], step, 0), F)
+        left, right, used, beta = self._update(problem, s, learn, step, F)
 
-        here = torch.where(good[..., None], F, s.residual)
-        fresh = -(beta[..., None] * here + combine(_dots(right, here), left))
+        here = select(good, F, s.residual)
+        fresh = -(beta[..., None] * here + mix(dots(right, here), left))
         # the parabola through |F|^2 at 0 and t with the slope of a Newton direction
         shape = size**2 + (2 * s.t - 1) * s.error**2
         best = s.t * torch.where(finite, s.t * s.error**2 / shape, 0)
@@ -138,9 +138,9 @@ class Broyden(FixedPointSolver):
         codes = torch.where(refused >= _REFUSALS, Status.LINE_SEARCH_FAILED.code, Status.RUNNING.code)
         codes = torch.where(running & (t < torch.finfo(t.dtype).eps ** 0.75), Status.NON_FINITE.code, codes)
         return {
-            "y": torch.where(good[..., None], y, s.y), "residual": here, "codes": codes,
+            "y": select(good, y, s.y), "residual": here, "codes": codes,
             "length": torch.where(finite, norm(step), torch.inf), "t": t, "left": left, "right": right, "used": used,
-            "direction": torch.where(learn[..., None], fresh, s.direction), "beta": beta,
+            "direction": select(learn, fresh, s.direction), "beta": beta,
             "accepted": s.accepted + good, "refused": refused,
         }  # fmt: skip
 
@@ -148,29 +148,24 @@ class Broyden(FixedPointSolver):
         self, problem: Problem, s: BroydenState, learn: Tensor, step: Tensor, F: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """H after a step s with F, for the items that learn from it."""
-        g = torch.where(learn[..., None], F - s.residual, 0)
+        g = F - s.residual
         gg, sg = (g * g).sum(-1), (step * g).sum(-1)
         full = learn & (s.used == self.memory)
-        keep = ~full
-        used = torch.where(full, 0, s.used)
-        left, right = torch.where(keep[..., None], s.left, 0), torch.where(keep[..., None], s.right, 0)
-        beta = s.beta
+        left, right, used, beta = s.left, s.right, s.used, s.beta
+        if full.is_cuda or any_of(full):
+            left, right = (rows.masked_fill(full[..., None, None], 0) for rows in (left, right))
+            used = torch.where(full, 0, used)
         if self.scale is None and not problem.is_map:
             secant = learn & (used == 0) & (sg != 0) & (gg > 0)
             beta = torch.where(secant, sg / gg, beta)
-        Hg = beta[..., None] * g + combine(_dots(right, g), left)
-        Hs = beta[..., None] * step + combine(_dots(left, step), right)
+        Hg = beta[..., None] * g + mix(dots(right, g), left)
+        Hs = beta[..., None] * step + mix(dots(left, step), right)
         ss = (step * step).sum(-1)
         gamma = (step * Hg).sum(-1) / ss
         sign = torch.where(gamma < 0, -1.0, 1.0)
         theta = torch.where(gamma.abs() >= 0.01, 1.0, (1 - 0.01 * sign) / (1 - gamma))
         u = (theta / (ss * (1 - theta + theta * gamma)))[..., None] * (step - Hg)
         sound = learn & torch.isfinite(u).all(-1) & torch.isfinite(Hs).all(-1)
-        place = torch.arange(self.memory, device=F.device).reshape(-1, *(1,) * used.ndim)
-        write = (sound & (place == used))[..., None]
-        return torch.where(write, u, left), torch.where(write, Hs, right), used + sound, beta
-
-
-def _dots(V: Tensor, w: Tensor) -> Tensor:
-    """The inner products of w with the rows of V, per item."""
-    return torch.einsum("k...n,...n->k...", V, w)
+        write = (sound[..., None] & (torch.arange(self.memory, device=F.device) == used[..., None]))[..., None]
+        left, right = (torch.where(write, v[..., None, :], V) for v, V in ((u, left), (Hs, right)))
+        return left, right, used + sound, beta

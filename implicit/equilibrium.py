@@ -168,7 +168,8 @@ class DEQ(nn.Module):
         for _ in range(probes):
             signs = [_signs(leaf, generator) for leaf in leaves]
             total = total + sum((part.square().sum() for part in pull(image, leaves, signs)), total.new_zeros(()))
-        return total / max(1, probes * numbers)
+        penalty: Tensor = total / max(1, probes * numbers)
+        return penalty
 
     def spectral_radius(
         self, z: Any, *inputs: Any, steps: int = 50, generator: torch.Generator | None = None
@@ -196,7 +197,8 @@ class DEQ(nn.Module):
         batch = ravel.shapes[0][: self.batch_dims]
         item = Ravel(ravel.treespec, tuple(s[len(batch) :] for s in ravel.shapes), ravel.dtype, ravel.device, "z")
         y = item.join([leaf.detach() for leaf in ravel.leaves(z)])
-        fixed: Any = optree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, inputs)
+        given: Any = inputs
+        fixed: Any = optree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, given)
         random = RandomState.now(y.device)
 
         def image(vector: Tensor) -> Tensor:

@@ -12,12 +12,23 @@ from torch import Tensor
 
 from nestopt.linalg import Result, Status, iterate
 from nestopt.linalg.isolation import isolated
-from nestopt.linalg.result import Callback, any_of, check_stopping, evolve, is_running, scalar_or_tensor
+from nestopt.linalg.result import Callback, all_of, any_of, check_stopping, evolve, is_running, scalar_or_tensor
 from nestopt.linalg.solver import default_rtol
 
 from .border import Border, Equation
+from .transforms import tracked, transformed
 
-__all__ = ["FixedPointResult", "FixedPointSolver", "FixedPointState", "Problem", "check_positive", "norm"]
+__all__ = [
+    "FixedPointResult",
+    "FixedPointSolver",
+    "FixedPointState",
+    "Problem",
+    "check_positive",
+    "dots",
+    "mix",
+    "norm",
+    "select",
+]
 
 _RUNNING = Status.RUNNING.code
 _WINDOW = 6  # errors from which the rate is fitted
@@ -27,6 +38,26 @@ def norm(v: Tensor) -> Tensor:
     """The Euclidean norm of every item's vector."""
     size: Tensor = torch.linalg.vector_norm(v, dim=-1)
     return size
+
+
+def select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new vectors for the items of a mask, the old ones for the others; no copy where all are of one kind."""
+    if not mask.is_cuda:
+        if all_of(mask):
+            return new
+        if not any_of(mask):
+            return old
+    return torch.where(mask[..., None], new, old)
+
+
+def dots(rows: Tensor, v: Tensor) -> Tensor:
+    """The inner products of v (*batch, n) with the rows (*batch, m, n)."""
+    return (rows @ v[..., None])[..., 0]
+
+
+def mix(weights: Tensor, rows: Tensor) -> Tensor:
+    """The sum of the rows (*batch, m, n) with weights (*batch, m)."""
+    return (weights[..., None, :] @ rows)[..., 0, :]
 
 
 def check_positive(owner: str, name: str, value: float) -> None:
@@ -163,6 +194,10 @@ class FixedPointSolver(ABC):
     NOT_CONTRACTING: the errors of a fixed-point iteration run away, or do not fall any more; the result's `rate` says
     how fast (DIVERGED where a root is sought). STAGNATED: steps at the rounding level lower the error no more.
 
+    The result's x goes into `fixed_point(T, x, *theta)` or `root(R, x, *theta)`, which attach its derivative. A solver
+    looks at its errors, which vmap does not show: under transforms use it in a layer (`FixedPointLayer`, `RootLayer`,
+    `DEQ`), where mapped dimensions become items of its batch.
+
     Args:
         rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
         atol: absolute tolerance, in the units of the error.
@@ -204,6 +239,7 @@ class FixedPointSolver(ABC):
             The result; a failed item is a status, never an exception.
 
         Raises:
+            RuntimeError: under vmap; see the class.
             TypeError: if function is not callable or a leaf is not a real floating tensor.
             ValueError: if function does not return y0's structure, or an argument has no meaning.
         """
@@ -249,6 +285,7 @@ class FixedPointSolver(ABC):
             The state, of the method's own class.
 
         Raises:
+            RuntimeError: see `__call__`.
             TypeError: see `__call__`.
             ValueError: see `__call__`.
         """
@@ -295,6 +332,8 @@ class FixedPointSolver(ABC):
         with torch.no_grad():
             y = operands.y.detach().clone()
             F = problem.evaluate(y)
+            if transformed() and (tracked(F) or tracked(y)):
+                self._refuse_transforms()
             error = norm(F)
             size = torch.maximum(torch.maximum(norm(y), norm(y - F)), error)
             limit = torch.full_like(error, tolerance or 0.0)
@@ -321,8 +360,7 @@ class FixedPointSolver(ABC):
         error, is_map, eps = norm(residual), problem.is_map, torch.finfo(y.dtype).eps
         finite = torch.isfinite(error)
         keep = running & finite
-        y = torch.where(keep[..., None], y, s.y)
-        F = torch.where(keep[..., None], residual, s.residual)
+        y, F = select(keep, y, s.y), select(keep, residual, s.residual)
         moved = keep & (y != s.y).any(-1)
         recent = torch.where(moved, torch.cat([s.recent[1:], _log(error)[None]]), s.recent)
         # values that overflow after errors that grew: the iterates ran away
@@ -345,11 +383,18 @@ class FixedPointSolver(ABC):
             ending = torch.where(within & (eps * norm(y) > s.size), self._runaway(is_map), ending)
         return evolve(
             s, y=y, residual=F, error=error, codes=ending, iterations=s.iterations + running,
-            best=torch.where(better[..., None], y, s.best), best_error=torch.where(better, error, s.best_error),
-            best_residual=torch.where(better[..., None], F, s.best_residual), recent=recent, flat=flat,
+            best=select(better, y, s.best), best_error=torch.where(better, error, s.best_error),
+            best_residual=select(better, F, s.best_residual), recent=recent, flat=flat,
             stale=torch.where(running, torch.where(better, 0, s.stale + 1), s.stale),
             evaluations=problem.evaluations, **memory,
         )  # fmt: skip
+
+    def _refuse_transforms(self) -> None:
+        raise RuntimeError(
+            f"{type(self).__name__}: under a transform of torch.func it does not see the numbers that it decides by; "
+            "use batch_dims for many items, or a layer (FixedPointLayer, RootLayer, DEQ), which takes mapped ones "
+            "as items."
+        )
 
     def _runaway(self, is_map: bool) -> int:
         return (Status.NOT_CONTRACTING if is_map else Status.DIVERGED).code
@@ -357,8 +402,9 @@ class FixedPointSolver(ABC):
     def _run(self, function: Callable[[Any], Any], start: Any, callbacks: Iterable[Callback]) -> FixedPointResult:
         s = iterate(lambda state: self.step(function, state), start, max_iter=self.max_iter, callbacks=callbacks)
         is_map, rate, codes = Problem(s.border, 0).is_map, s.rate, s.codes
-        cycling = (s.iterations >= 2 * _WINDOW) & (2 * s.stale >= s.iterations)
-        lost = (codes == Status.MAX_ITER.code) & ((rate > 1) | cycling)
+        seen = s.iterations >= 2 * _WINDOW
+        wandering = seen & ((2 * s.stale >= s.iterations) | (s.error > 10 * s.best_error))
+        lost = (codes == Status.MAX_ITER.code) & (wandering | ((rate > 1) & (s.error > s.start)))
         if is_map and any_of(lost):
             codes = torch.where(lost, Status.NOT_CONTRACTING.code, codes)
         done = codes == Status.CONVERGED.code

@@ -47,7 +47,8 @@ def fixed_point(
         T: (y, *theta) -> the next y, a pytree of y's structure, shapes and dtype.
         y: the computed fixed point: a tensor or a pytree of them.
         theta: tensors, or pytrees of tensors and constants; see `root`.
-        solver: of (I - J') u = v; None takes LU up to n = 512, beyond that GMRES, or CG where `symmetric`.
+        solver: of (I - J') u = v; None takes LU up to n = 512, beyond that GMRES, or CG where `symmetric`. Or an
+            inexact pass: `OneStep()`, `Phantom(5, 0.8)`, `Unroll(20)`, `Truncated(GMRES(max_iter=5))`; see `compare`.
         batch_dims: number of leading dimensions of y that count independent systems.
         symmetric: promise that J is symmetric.
         on_failure: "raise", "warn" or "nan"; see `root`.

@@ -49,6 +49,8 @@ class Trained:
     def evaluate(self, function: Any, *arguments: Any) -> Any:
         """function(module, *arguments) with the trained tensors in the module's place: an outer loss, say.
 
+        Dropout draws here as it does anywhere, in the module's present mode: call module.eval() before, or seed.
+
         Args:
             function: may use the module as it likes: call it, or its parts, or read its parameters.
             arguments: what else it takes.

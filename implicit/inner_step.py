@@ -224,10 +224,12 @@ class InnerStep:
         parameters, batch, buffers = _map(first_item, tree)
         with _exact(self.device), torch.enable_grad():
             value, _ = self._evaluate(parameters, buffers, batch, 0)
-            if tracked(value):
+            within_reach = [f"`{name}`" for name, t in closure_tensors(self.loss) if tracked(t)]
+            # random numbers may be mapped, by vmap's randomness, though nothing was captured
+            seeded = transformed() and self.dropout in ("same", "different")
+            if tracked(value, mapped=not seeded) or (seeded and within_reach):
                 names = describe_captured(self.loss, reached_leaves(value))
-                if not names:
-                    names = ", ".join(f"`{name}`" for name, t in closure_tensors(self.loss) if tracked(t)) or "a tensor"
+                names = names or ", ".join(within_reach) or "a tensor"
                 raise ValueError(
                     f"{OWNER}: with checkpoint_every the loss is computed again in backward, and it captures {names}, "
                     "whose derivative would be dropped; pass it in the batches, or detach it if it is a constant."

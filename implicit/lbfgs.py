@@ -47,6 +47,9 @@ class LBFGS(Minimizer):
     rounding only and lower |grad| no more, or a line search that fails there, end the run as STAGNATED; a line search
     that fails while the slope promises a decrease ends it as LINE_SEARCH_FAILED, and f unbounded below as DIVERGED.
 
+    With batch_dims every item has its own H in compact form, and a search for the weak Wolfe conditions takes the place
+    of torch's: the same answers by other steps.
+
     Cost: one or two gradients a step, memory for 2 history_size vectors.
 
     Args:

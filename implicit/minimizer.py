@@ -17,6 +17,8 @@ from nestopt.linalg.cg import default_rtol
 from nestopt.linalg.result import Callback, LoopState, check_stopping
 from nestopt.linalg.tree import Ravel
 
+from .transforms import untraced
+
 __all__ = [
     "ARMIJO",
     "MinimizeResult",
@@ -200,6 +202,7 @@ class Minimizer(ABC):
     def __post_init__(self) -> None:
         check_stopping(type(self).__name__, self.rtol, self.atol, self.max_iter)
 
+    @untraced
     def __call__(
         self,
         objective: Callable[[Any], Tensor],

@@ -13,10 +13,11 @@ from nestopt.linalg.result import Result, SolverError
 
 from .fixed_point_solver import FixedPointResult, FixedPointSolver
 from .fixed_points import fixed_point
+from .layer_search import search
 from .minimizer import Minimizer
 from .roots import root
-from .search import search
 from .stationary import argmin
+from .transforms import untraced
 from .warm_start import WarmStart
 
 __all__ = ["ArgminLayer", "FixedPointLayer", "RootLayer"]
@@ -30,6 +31,9 @@ class RootLayer(nn.Module):
     The module's buffers are constants: an evaluation gets copies, and what it writes into them is dropped (running
     statistics of BatchNorm do not move; normalise by GroupNorm or LayerNorm instead). `state_dict` holds the module's
     parameters and buffers only, under `function.`.
+
+    Under torch.compile the layer is one graph break, and runs as it is; where it pays, compile what finds y yourself,
+    `find=torch.compile(iterate)`.
 
     Args:
         function: module whose forward(y, *inputs) returns R, of y's structure and shapes.
@@ -72,6 +76,7 @@ class RootLayer(nn.Module):
         self.find = find
         self.options = {"warm_start": WarmStart(), **options}
 
+    @untraced
     def forward(self, y0: Any, *inputs: Any) -> Any:
         """Find y from y0 and attach its derivative.
 
@@ -108,7 +113,8 @@ class RootLayer(nn.Module):
             owner = type(self).__name__
             return search(lambda f, y, dims: run(f, y, batch_dims=dims), owner, evaluate, y0, theta, batch_dims)
         with torch.no_grad():
-            fixed: Any = optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, theta)
+            tree: Any = theta
+            fixed: Any = optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
             dims = {"batch_dims": batch_dims} if isinstance(find, Minimizer) and batch_dims else {}
             found = find(lambda y: evaluate(y, *fixed), y0, **dims)
         return (found.x if isinstance(found, Result) else found), found

@@ -13,6 +13,7 @@ from nestopt.linalg.result import any_of
 
 from .fixed_point_solver import FixedPointSolver, FixedPointState, Problem, check_positive, norm
 from .jacobian import SystemJacobian
+from .transforms import transformed
 
 __all__ = ["NewtonKrylov", "NewtonKrylovState"]
 
@@ -103,6 +104,8 @@ class NewtonKrylov(FixedPointSolver):
             check_positive("NewtonKrylov", name, getattr(self, name))
 
     def _start(self, problem: Problem, y: Tensor, residual: Tensor) -> dict[str, Any]:
+        if transformed():  # where plain autograd, which its products are of, is not to be had
+            self._refuse_transforms()
         size = norm(residual)
         return {"forcing": torch.full_like(size, self.first_forcing), "previous": torch.full_like(size, torch.nan)}
 

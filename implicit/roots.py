@@ -46,8 +46,10 @@ def root(
     never exceeds it; both are in y's units, so that scaling the residual changes nothing. Every linear solve must reach
     its solver's own tolerance by its measured residual. `on_failure` says what happens else.
 
-    Under torch.compile the call is a graph break: it runs as it is between compiled parts. It cannot be traced
-    (fullgraph=True, torch.func.linearize), because it looks at the residuals that it certifies.
+    Under torch.compile the call is a graph break: it runs as it is between compiled parts, and compiles nothing anew
+    when numbers, shapes or functions change. It cannot be traced (fullgraph=True, torch.func.linearize), because it
+    looks at the residuals that it certifies. A compiled part has no double backward in torch, so that second
+    derivatives need a model without compiled parts around the layer.
 
     Cost: one evaluation of R with its graph and one backward pass through it to accept y; then, with a direct solver, n
     backward passes and one factorisation, shared by all derivatives at the point, or, with an iterative one, a
@@ -61,7 +63,9 @@ def root(
         theta: tensors, or pytrees of tensors and constants (numbers, None, text); floating tensors have y's dtype and
             device, integer ones are constants. An argument that requires grad must have a path to R.
         solver: a linear solver, e.g. `GMRES(rtol=1e-8)`, or CG where A is symmetric positive definite. None takes LU
-            up to n = 512 (and 2^24 matrix entries over all systems), beyond that CG where `symmetric`, else GMRES.
+            up to n = 512 (and 2^24 matrix entries over all systems), beyond that CG where `symmetric`, else GMRES. Or
+            an inexact pass, for steps y - step R: `OneStep(step=s)`, `Phantom`, `Unroll`, or `Truncated(solver)`;
+            `compare` says how far off they are.
         batch_dims: number of leading dimensions, the same in every leaf of y, that count independent systems; residual
             takes and returns the whole batch. Cheaper than vmap where residual is batched anyway.
         symmetric: promise that A is symmetric (R is a gradient in y): halves the cost of products, and admits CG.

@@ -48,7 +48,7 @@ def spo_plus(
         >>> c_hat = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> loss = implicit.spo_plus(c_hat, torch.tensor([3.0, 2.5]), cheapest)
         >>> loss, torch.autograd.grad(loss, c_hat)[0]
-        (tensor(2.5000, grad_fn=<AddBackward0>), tensor([-2.,  2.]))
+        (tensor(2.5000, grad_fn=<SumBackward1>), tensor([-2.,  2.]))
     """
     check_pair("spo_plus", predicted, costs)
     best = decide(oracle, costs) if solution is None else solution.detach()

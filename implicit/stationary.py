@@ -49,7 +49,9 @@ def argmin(
         objective: (y, *theta) -> f, a scalar; with batch_dims, one value an item, of y's leading shape.
         y: the computed minimiser: a tensor or a pytree of them.
         theta: tensors, or pytrees of tensors and constants; see `root`.
-        solver: of f_yy u = -v; None takes LU, which needs no definiteness, up to n = 512, beyond that CG.
+        solver: of f_yy u = -v; None takes LU, which needs no definiteness, up to n = 512, beyond that CG. Or an
+            inexact pass, for gradient steps whose size Lanczos finds: `OneStep()`, `Phantom(10)`, `Unroll(20)`,
+            `Truncated(Neumann(5))`; see `compare`.
         batch_dims: number of leading dimensions of y that count independent problems.
         on_failure: "raise", "warn" or "nan"; see `root`.
         monitor: collects a Record of y and of every solve.

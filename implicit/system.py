@@ -53,11 +53,6 @@ class _Point:
         return products
 
     @property
-    def factored(self) -> bool:
-        """Whether a solve costs no products beyond its verification."""
-        return isinstance(self.prepared, Factored)
-
-    @property
     def restarts(self) -> bool:
         """Whether a solve may start elsewhere than at zero, and gains by it."""
         return not isinstance(self.prepared, (Factored, Series))
@@ -165,7 +160,9 @@ class System:
         A = point.jacobian
         self._check_graph(A)
         r = A.residual_vector.detach()
-        size = torch.where(torch.isfinite(y).all(-1), A.norm(r), torch.nan)
+        size = A.norm(r)
+        if self.options.on_failure == "nan":  # elsewhere the residual has the NaN of its y
+            size = torch.where(torch.isfinite(y).all(-1), size, torch.nan)
         distance, spent = self._distance(point, r, size)
         rtol, atol = self.options.limits(A.dtype)
         tolerance = rtol * A.norm(y) + atol
@@ -259,11 +256,11 @@ class System:
     def _distance(self, point: _Point, r: Tensor, size: Tensor) -> tuple[Tensor, int]:
         """How far y is from a root, and the products it took to see."""
         A, step, spent = point.jacobian, torch.full_like(size, torch.nan), size.numel()
-        if self.differentiated and point.factored:  # which the derivative will need: the Newton step is at hand
-            newton = point.prepared.solve(r)
-            step, spent = A.norm(newton.x), newton.products
+        prepared = point.prepared if self.differentiated else None
+        if isinstance(prepared, Factored):  # which the derivative will need: the Newton step is at hand
+            step = A.norm(prepared.estimate(r))
             if all_finite(step):
-                return step, spent
+                return step, 0
         # a lower bound of it by Cauchy-Schwarz: R'R = (A'R)' A^{-1} R <= |A'R| |A^{-1} R|
         bound = torch.where(size == 0, 0, size * (size / A.norm(A._rmatvec(r))))
         return torch.where(torch.isfinite(step), step, bound), spent

@@ -1,13 +1,15 @@
-"""The levels of torch.func and forward mode under which a function runs: the only file that asks torch's internals."""
+"""The transforms and the compiler under which a function runs: the only file that asks torch's internals."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -20,8 +22,11 @@ __all__ = [
     "recording",
     "tracked",
     "transformed",
+    "untraced",
     "within_jvp",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def transformed() -> bool:
@@ -32,6 +37,37 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open outside torch.func."""
     return forward_ad._current_level >= 0
+
+
+def untraced(function: Function) -> Function:
+    """The function as one graph break of torch.compile: it is neither traced nor are the functions that it calls.
+
+    It is what torch.compiler.disable does, which cannot be used where a module is imported, for it imports the compiler
+    (a second or more), nor at each call, for the call is traced then, and compiled anew whenever its arguments change.
+    A function that the user has compiled himself runs compiled in it.
+
+    Args:
+        function: takes and returns anything.
+
+    Returns:
+        The function.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = eval_frame.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            eval_frame.set_eval_frame(before)
+
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    marked: Any = run
+    eval_frame.set_code_exec_strategy(marked.__code__, skip)
+    marked._torchdynamo_disable, marked._torchdynamo_disable_recursive = True, True
+    marked._torchdynamo_disable_msg = "it looks at the residuals that it certifies"
+    marked._torchdynamo_orig_callable = function
+    return marked  # type: ignore[no-any-return]
 
 
 def alive(tensors: Sequence[Tensor]) -> list[Tensor]:

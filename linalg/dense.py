@@ -34,6 +34,12 @@ class Factored(Prepared):
         """Solve A' x = b by the kept factors; x0 is not needed and not used."""
         return self._solve(b, x0, transposed=True)
 
+    def estimate(self, b: Tensor) -> Tensor:
+        """A^{-1} b by the factors alone, neither refined nor verified; NaN where the factorisation failed."""
+        with torch.no_grad():
+            x: Tensor = self.solver._columns(self, b, False)  # type: ignore[attr-defined]
+            return torch.where((self.faults == Status.RUNNING.code)[..., None], x, torch.nan)
+
     def _solve(self, b: Tensor, x0: Tensor | None, transposed: bool) -> Solution:
         self.solver._check(self.operator, b, x0)
         with torch.no_grad():

@@ -199,6 +199,8 @@ def check_bad_arguments(solve: Solve) -> None:
         run(lambda y: {"a": y}, y)
     with pytest.raises(ValueError, match=rf"{name}: {kind}\(y\) must be torch.float64"):
         run(lambda y: y.float(), y)
+    with pytest.raises(RuntimeError, match=f"{name}: under a transform of torch.func"):
+        torch.func.vmap(lambda y: run(torch.cos, y).x)(torch.ones(3, 2, dtype=D))
     for bad in ({"rtol": -1.0}, {"atol": float("nan")}, {"max_iter": -1}):
         with pytest.raises(ValueError, match=f"{name}: {next(iter(bad))} must be"):
             replace(solve.solver, **bad)

@@ -462,7 +462,7 @@ def check_module(case: Case, g: torch.Generator) -> None:
         assert float((a.double() - b).abs().max()) <= 1e-2 * max(1.0, float(b.abs().max()))
 
 
-def check_memory(case: Case, g: torch.Generator, steps: int = 60) -> None:
+def check_memory(case: Case, g: torch.Generator, steps: int = 30) -> None:
     """Training keeps no tensor alive from step to step."""
     inputs = leaves_of(case.example(g))
     optimizer = torch.optim.SGD(inputs, lr=1e-6)

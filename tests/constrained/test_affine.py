@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nestopt.constrained import Affine, HalfSpace, Hyperplane
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 
 def tensor(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from nestopt.constrained import Birkhoff
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 
 def matrices(n: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, points: int = 4) -> Tensor:
     return cloud(n * n, dtype, scale, points).reshape(points, n, n)

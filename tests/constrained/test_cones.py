@@ -18,8 +18,6 @@ from nestopt.constrained import (
     Simplex,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 
 def tensor(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
@@ -62,9 +60,7 @@ def test_every_case_of_the_three_dimensional_cones() -> None:
         assert float((d * q).sum(-1).abs().max()) <= 1e-14
         assert float((p @ d.mT).min()) >= -1e-13  # x'y >= 0 for every point of a cone and of its dual
         assert bool((p == x).all(-1).any()) and bool((p == 0).all(-1).any())
-    p = ExponentialCone().project(x)
-    x, y, z = p.unbind(-1)
-    assert bool((torch.where(y > 0, y * torch.exp(x / y.clamp_min(1e-300)), 0) <= z + 1e-13).all())
+        assert bool(s.contains(p).all())
 
 
 @pytest.mark.parametrize("cone", ["ExpCone", "PowCone3D"])
@@ -74,14 +70,14 @@ def test_against_cvxpy(cone: str) -> None:
     s, more = (ExponentialCone(), ()) if cone == "ExpCone" else (PowerCone(0.3), (0.3,))
     for point, projected in zip(x, s.project(x), strict=True):
         z = cvxpy.Variable(3)
-        problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.norm(z - point.numpy())), [getattr(cvxpy, cone)(*z, *more)])
-        problem.solve(solver="CLARABEL")
+        problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(z - point.numpy())), [getattr(cvxpy, cone)(*z, *more)])
+        problem.solve(solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
         assert torch.allclose(projected, torch.as_tensor(z.value), atol=1e-5)
 
 
 def test_extreme_blocks() -> None:
     s = ExponentialCone()
-    x = tensor((1e9, -1.0, 1.0), (1e-9, -1.0, 1.0), (-1e9, 1e-9, 1e-9), (1.0, 1e-12, 1.0), (1e-300, 1.0, -1.0))
+    x = tensor((1e9, -1.0, 1.0), (1e-9, -1.0, 1.0), (-1e9, 1e-9, 1e-9), (1.0, 1e-12, 1.0), (1e-100, 1.0, -1.0))
     for scale in (1.0, 1e150, 1e-150):
         p = s.project(scale * x) / scale
         assert bool(p.isfinite().all())
@@ -172,7 +168,7 @@ def test_a_product_is_its_parts() -> None:
     ("call", "error", "message"),
     [
         (lambda: ExponentialCone().project(torch.zeros(4)), ValueError, "3 k"),
-        (lambda: PowerCone(1.0), ValueError, "between 0 and 1"),
+        (lambda: PowerCone(1.0), ValueError, "strictly between 0 and 1"),
         (lambda: PowerCone(0.5).project(torch.zeros(4)), ValueError, "3 k"),
         (lambda: ProductSet([Simplex()], [1, 2]), ValueError, "1 sets, but 2 sizes"),
         (lambda: ProductSet([3], [1]), TypeError, r"sets\[0\] must be a Set"),

@@ -12,7 +12,6 @@ from nestopt.constrained import Ball, Indicator, Set, Sphere, Stiefel
 DOUBLE = torch.float64
 
 # torch itself warns when forward mode is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def noise(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:

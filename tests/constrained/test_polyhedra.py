@@ -9,8 +9,6 @@ from torch import Tensor
 
 from nestopt.constrained import Affine, Box, Polyhedron, Simplex
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 
 def tensor(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)

@@ -4,6 +4,16 @@ import math
 
 import pytest
 import torch
+from laws_layer import (
+    Case,
+    check_batch,
+    check_dtype_and_device,
+    check_shared_sums,
+    check_third_order,
+    check_transforms,
+    check_vmap,
+    duties,
+)
 from laws_optim import check_kink
 from laws_prox import AsSet, check_firmness, check_minimiser, check_prox
 from torch import Tensor
@@ -27,7 +37,6 @@ from nestopt.constrained import (
 )
 
 # torch itself warns when forward mode is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 INF = math.inf
 
@@ -45,13 +54,11 @@ WEIGHTS = (0.5, 1.0, 0.05, 2.0)
 GROUPS = [[0, 3], [1], [2]]
 CASES = {
     "l1": (L1, [WEIGHTS]),
-    "l1, one weight": (L1, [(0.5,)]),
     "l1, nonnegative": (lambda w: L1(w, nonnegative=True), [WEIGHTS]),
     "elastic net": (ElasticNet, [WEIGHTS, (0.3,)]),
     "squared l2": (SquaredL2, [WEIGHTS, (1.0, 2.0, -3.0, 0.0)]),
     "huber": (Huber, [WEIGHTS, (1.0, 2.0, 0.3, 0.4)]),
     "group": (lambda w: GroupLasso(GROUPS, w), [(0.5, 1.0, 0.2)]),
-    "group by labels": (lambda w, f: GroupLasso(torch.tensor([2, 0, 1, 2]), w, f), [(0.5,), (1.0, 0.5, 0.2)]),
     "sparse group": (lambda w, v: SparseGroupLasso(GROUPS, w, v), [(0.5, 1.0, 0.2), WEIGHTS]),
     "total variation": (TotalVariation1D, [(0.5, 1.0, 0.2)]),
     "ball": (lambda: Indicator(Ball(1.3)), []),
@@ -176,6 +183,27 @@ def test_trees() -> None:
     assert prox_tree(None, tree)["a"] is tree["a"]
     module = torch.nn.Linear(2, 1)
     assert sorted(prox_tree(L1(), module)) == ["bias", "weight"]
+
+
+def with_weight(*shape: int) -> object:
+    return lambda g: (
+        2 * torch.randn(shape, generator=g, dtype=torch.float64),
+        torch.rand(shape[-1], generator=g, dtype=torch.float64) + 0.1,
+    )
+
+
+LAYERS = [
+    Case("l1", lambda x, w: L1(w).prox(x), with_weight(3), shared=(1,)),
+    Case("groups", lambda x, w: SparseGroupLasso([[0, 1], [2]], 0.3, w).prox(x), with_weight(3), shared=(1,)),
+    Case("variation", lambda x, w: TotalVariation1D(w[..., 1:]).prox(x), with_weight(4), shared=(1,)),
+    Case("nuclear", lambda x, w: NuclearNorm(w.sum(-1)).prox(x), with_weight(2, 2), shared=(1,)),
+]
+LAWS = [check_transforms, check_vmap, check_batch, check_shared_sums, check_third_order, check_dtype_and_device]
+
+
+@pytest.mark.parametrize(("case", "law"), duties(LAYERS, LAWS))
+def test_duty(case: Case, law: object, generator: torch.Generator) -> None:
+    law(case, generator)
 
 
 def test_a_wrong_prox_breaks_the_laws() -> None:

@@ -90,7 +90,7 @@ TAKES = {
     "check_zero_dimensions": "a program has no 0-d data",
     "check_captured": "solve_qp takes no function",
 }
-MORE = {"check_guess": "seen with the first case", "check_module": "seen with the first case"}
+MORE = dict.fromkeys(("check_guess", "check_module", "check_memory"), "seen with the first case")
 CASES = [
     Case(
         "equalities-and-inequalities", both, lambda g: random_program(g, 4, 1, 4), shared=(0, 2, 4), spoil=pinched,

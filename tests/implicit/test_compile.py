@@ -1,41 +1,164 @@
-"""torch.compile around a layer: it runs, in one graph break, and gives the same derivatives."""
+"""torch.compile around layers: one graph break each, the same derivatives, no recompilation, whatever finds y."""
 
 import pytest
 import torch
+import torch._dynamo
+from torch import nn
 
 from nestopt import implicit
+from nestopt.linalg import GMRES
 
 D = torch.float64
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the compiler's own imports
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # its own looking
-def test_a_compiled_function_may_contain_a_layer(generator):
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Map(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(0.2 * torch.randn(3, 3, dtype=D, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, y, x):
+        return torch.tanh(y @ self.W.mT) + x
+
+
+class Residual(Map):
+    def forward(self, y, x):
+        return y - super().forward(y, x)
+
+
+class Energy(Map):
+    def forward(self, y, x):
+        return ((y - x) ** 2).sum(-1) + torch.log(torch.cosh(y @ self.W.mT)).sum(-1) / 4
+
+
+def repeated(T, y):
+    for _ in range(60):
+        y = T(y)
+    return y
+
+
+def until_it_converges(R, y):
+    """A loop that looks at its numbers, which no compiler can trace."""
+    for _ in range(200):
+        r = R(y)
+        if float(r.abs().max()) < 1e-12:
+            break
+        y = y - r
+    return y
+
+
+class Model(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.first, self.last = nn.Linear(3, 3, dtype=D), nn.Linear(3, 2, dtype=D)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.layer(torch.zeros_like(h), h)).square().sum()
+
+
+LAYERS = {
+    "root": lambda: implicit.RootLayer(Residual(), until_it_converges, batch_dims=1),
+    "fixed point": lambda: implicit.FixedPointLayer(Map(), repeated, batch_dims=1, solver=GMRES()),
+    "unrolled": lambda: implicit.FixedPointLayer(Map(), repeated, batch_dims=1, solver=implicit.Unroll(5)),
+    "minimiser": lambda: implicit.ArgminLayer(Energy(), implicit.NewtonCG(), batch_dims=1),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_with_a_layer(name, generator):
+    """Other numbers, and other batch sizes once the compiler knows that they change, compile nothing anew."""
+    model = Model(LAYERS[name]())
+    compiled = torch.compile(model, backend="aot_eager")
+    seen = []
+    for size in (4, 4, 5, 6, 7, 4):
+        x = torch.randn(size, 3, generator=generator, dtype=D)
+        found = torch.autograd.grad(compiled(x), list(model.parameters()))
+        truth = torch.autograd.grad(model(x), list(model.parameters()))
+        for a, b in zip(found, truth, strict=True):
+            assert torch.allclose(a, b, atol=1e-12)
+        seen.append(graphs())
+    assert seen[0] == seen[1] == 2  # before the layer, and after it
+    assert seen[-1] == seen[2] <= 4  # the second batch size makes the graphs general
+
+
+def test_functions_made_anew_at_every_call(generator):
+    """A lambda of this call, tensors of this call: neither is guarded."""
     W = 0.2 * torch.randn(3, 3, generator=generator, dtype=D)
-    x = torch.randn(3, generator=generator, dtype=D)
-
-    def T(y, W, x):
-        return torch.tanh(W @ y) + x
 
     def loss(W, x):
         W = W * 1.5
         with torch.no_grad():
             y = x
             for _ in range(60):
-                y = T(y, W, x)
-        y = implicit.fixed_point(T, y, W, x)
+                y = torch.tanh(W @ y) + x
+        y = implicit.fixed_point(lambda y, W, x: torch.tanh(W @ y) + x, y, W, x)
         return (y.sin() ** 2).sum()
 
+    compiled = torch.compile(loss, backend="aot_eager")
     leaf = W.clone().requires_grad_()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(loss, backend=backend)
-    for _ in range(2):
+    for _ in range(3):
+        x = torch.randn(3, generator=generator, dtype=D)
         (found,) = torch.autograd.grad(compiled(leaf, x), leaf)
         (truth,) = torch.autograd.grad(loss(leaf, x), leaf)
         assert torch.allclose(found, truth, atol=1e-12)
-    assert len(graphs) == 2  # before the layer, and after it
+        assert graphs() == 2
+
+
+def test_second_derivatives(generator):
+    """A compiled graph has no double backward: torch says so. Where none lies on the way, second derivatives pass."""
+    x = torch.randn(3, generator=generator, dtype=D)
+
+    def layer(theta):
+        return implicit.argmin(lambda y, t: (y * y * t / 2 - y * x).sum(), x / theta.detach(), theta)
+
+    def second(function, theta):
+        (first,) = torch.autograd.grad(function(theta).sum(), theta, create_graph=True)
+        return torch.autograd.grad(first.sum(), theta)[0]
+
+    theta = torch.tensor([1.0, 2.0, 3.0], dtype=D, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert torch.allclose(second(compiled, theta), 2 * x / theta.detach() ** 3, atol=1e-10)
+    inside = torch.compile(lambda theta: layer(torch.sin(theta)), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        second(inside, theta)
+    # what works is to compile inside the derivative, or to compile the linear parts alone
+    (first,) = torch.autograd.grad(inside(theta).sum(), theta)
+    (truth,) = torch.autograd.grad(layer(torch.sin(theta)).sum(), theta)
+    assert torch.allclose(first, truth, atol=1e-12)
+
+
+def test_a_compiled_finder_runs_compiled_inside(generator):
+    def twelve(T, y):
+        for _ in range(12):
+            y = T(y)
+        return y
+
+    finder = torch.compile(twelve, backend="aot_eager")
+    model = Model(implicit.FixedPointLayer(Map(), finder, batch_dims=1))
+    x = torch.randn(4, 3, generator=generator, dtype=D)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(compiled(x), Model.forward(model, x), atol=1e-12)
+    assert graphs() == 3
+
+
+def test_a_whole_graph_is_refused_with_the_reason():
+    model = torch.compile(Model(LAYERS["fixed point"]()), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="it looks at the residuals that it certifies"):
+        model(torch.ones(2, 3, dtype=D))

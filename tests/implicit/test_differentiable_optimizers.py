@@ -8,8 +8,6 @@ import torch
 from nestopt import implicit
 from nestopt.implicit import SGD, Adam, AdamW
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 D = torch.float64
 
 
@@ -72,7 +70,7 @@ def trajectory(kind):
             optimizer = SGD(lr, momentum=beta, dampening=decay, weight_decay=decay, nesterov=False)
         else:
             optimizer = kind(lr, betas=(beta, 0.5 + beta / 2), weight_decay=decay, eps_root=1e-3, eps=decay / 10)
-        y, _ = run(optimizer, {"w": w, "b": b}, data, steps=3)
+        y, _ = run(optimizer, {"w": w, "b": b}, data, steps=2)
         return y["w"], y["b"]
 
     return function

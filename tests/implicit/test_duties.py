@@ -6,7 +6,7 @@ from laws_layer import Case, check_memory, duties
 from torch import nn
 
 from nestopt import implicit
-from nestopt.linalg import CG, GMRES, LU, MINRES, Normal
+from nestopt.linalg import CG, GMRES, LU, Normal
 
 D = torch.float64
 
@@ -163,11 +163,8 @@ def case(name, solver, **options):
 CASES = [
     case("root", LU()),
     case("root", GMRES()),
-    case("fixed_point", LU()),
     case("fixed_point", Normal(CG(rtol=1e-4))),
-    case("argmin", LU()),
     case("argmin", CG()),
-    case("argmin", MINRES()),
 ]
 
 
@@ -176,7 +173,7 @@ def test_duty(case, law, generator):
     law(case, generator)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_the_example_is_not_symmetric(case, generator):
     """A law over symmetric Jacobians would not see A taken for A'."""
     W = case.example(generator)[0]

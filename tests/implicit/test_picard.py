@@ -15,11 +15,11 @@ from laws_fixed_point import (
     check_structure,
 )
 
-from nestopt.implicit import Picard
+from nestopt.implicit import Anderson, Picard
 from nestopt.linalg import SolverError, Status
 
 D = torch.float64
-SOLVES = [Solve(Picard()), Solve(Picard(0.7), is_map=False)]
+SOLVES = [Solve(Picard()), Solve(Picard(0.9), is_map=False)]
 solves = pytest.mark.parametrize("solve", SOLVES, ids=str)
 
 
@@ -101,6 +101,16 @@ def test_a_slow_contraction_that_meets_the_limit_is_not_called_divergent():
     res = Picard(max_iter=50)(lambda y: 0.999 * y + 1, torch.zeros(1, dtype=D))
     assert res.status == Status.MAX_ITER
     assert res.rate == pytest.approx(0.999, rel=1e-6)
+    assert Picard(max_iter=5)(lambda y: 1 - 3 * y, torch.zeros(1, dtype=D)).status == Status.NOT_CONTRACTING
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=lambda s: type(s).__name__)
+def test_half_precision(half, solver):
+    res = solver(torch.cos, torch.ones(2, dtype=half))
+    assert res.status == Status.CONVERGED
+    assert res.x.dtype == half
+    assert res.x.tolist() == pytest.approx([0.739, 0.739], abs=0.02)
 
 
 def test_a_root_that_runs_away_has_diverged():

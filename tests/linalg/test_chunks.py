@@ -10,8 +10,6 @@ from torch.func import functional_call
 from nestopt.linalg import AutoChunk, ForwardOverReverse, FreshGraph, GaussNewton, Hessian, Jacobian, KeptGraph, chunks
 from nestopt.linalg.chunks import Blocks, PeakMemory, free_memory
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 
 class Clock:
     """Time passes only in the products of `Machine`."""

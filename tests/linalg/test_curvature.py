@@ -25,7 +25,6 @@ from nestopt.linalg import (
 from nestopt.linalg.tree import Ravel
 
 # torch's own, at the first forward-mode call of a process
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 STRATEGIES = [
     *(KeptGraph(size) for size in (None, 1, 3, 1000)),

@@ -22,8 +22,6 @@ from nestopt.linalg import (
     KeptGraph,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 PRODUCTS = [None, KeptGraph(), FreshGraph(), FreshGraph(3), FreshGraph(AutoChunk()), ForwardOverReverse()]
 X, Y = rand(11, 4), torch.arange(11) % 3
 BATCHES = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]  # the last one is smaller

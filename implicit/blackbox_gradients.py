@@ -21,9 +21,10 @@ def blackbox(costs: Tensor, oracle: Oracle, *, interpolation: float = 10.0, maxi
         f(c) = (min over w of (c + interpolation v)'w - min over w of c'w) / interpolation,
 
     which is continuous and piecewise linear, and the gradient is (w(c + interpolation v) - w(c)) / interpolation: one
-    more call of the oracle a backward pass. With maximize the signs of c and w's roles turn around. f is equal to
-    v'w(c) wherever a step of interpolation v does not change the decision, so a small number gives zeros and a large one
-    a smooth, more biased gradient. There is no forward mode, as the formula needs v; its own derivative is zero.
+    more call of the oracle a backward pass. With maximize, w(c) is that of the least (-c)'w, and the gradient is
+    (w(c) - w(c - interpolation v)) / interpolation. f is equal to v'w(c) wherever a step of interpolation v does not
+    change the decision, so that a small number gives zeros and a large one a smooth, more biased gradient. There is no
+    forward mode, as the formula needs v; its own derivative is zero.
 
     Args:
         costs: shape (*batch, n).
