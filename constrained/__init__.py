@@ -12,6 +12,7 @@ from .first_order import CompositeResult, FirstOrder
 from .group_prox import GroupLasso, SparseGroupLasso
 from .kkt import MinimumNorm
 from .linear_program import LPResult, solve_lp
+from .lp_layer import LPLayer
 from .manifolds import Sphere, Stiefel
 from .mirror_descent import MirrorDescent
 from .norm_balls import L1Ball, LinfBall
@@ -57,6 +58,7 @@ __all__ = [
     "Hyperplane",
     "Indicator",
     "L1Ball",
+    "LPLayer",
     "LPResult",
     "LinfBall",
     "MinimumNorm",

@@ -103,7 +103,7 @@ class ConicForm:
                 if value is None:
                     parameter.save_value(None)
         program, dims = data["param_prob"], data["dims"]
-        if dims.pnd:
+        if getattr(dims, "pnd", ()):  # older versions of cvxpy write them as three-dimensional ones themselves
             raise ValueError(
                 "ConvexProgram: the problem needs power cones of more than three dimensions (PowConeND), whose "
                 "projection is not available; write them as several PowCone3D."

@@ -16,7 +16,7 @@ from nestopt.linalg.result import Callback, all_of, any_of, check_stopping, evol
 from nestopt.linalg.solver import default_rtol
 
 from .border import Border, Equation
-from .transforms import tracked, transformed
+from .transforms import tracked, transformed, untraced
 
 __all__ = [
     "FixedPointResult",
@@ -215,6 +215,7 @@ class FixedPointSolver(ABC):
     def __post_init__(self) -> None:
         check_stopping(type(self).__name__, self.rtol, self.atol, self.max_iter)
 
+    @untraced
     def __call__(
         self,
         function: Callable[[Any], Any],
@@ -246,6 +247,7 @@ class FixedPointSolver(ABC):
         run = self.fixed_point if self.solves_maps else self.root
         return run(function, y0, tolerance, batch_dims=batch_dims, callbacks=callbacks)
 
+    @untraced
     def fixed_point(
         self,
         T: Callable[[Any], Any],
@@ -258,6 +260,7 @@ class FixedPointSolver(ABC):
         """Solve y = T(y); see `__call__`."""
         return self._run(T, self._init(T, y0, tolerance, batch_dims, True), callbacks)
 
+    @untraced
     def root(
         self,
         R: Callable[[Any], Any],

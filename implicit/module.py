@@ -63,6 +63,7 @@ class RootLayer(nn.Module):
     """
 
     attach: ClassVar[Callable[..., Any]] = staticmethod(root)
+    _call_impl = untraced(nn.Module._call_impl)  # not `forward`: torch.compile looks into this first
     solves_maps: ClassVar[bool] = False  # which of a FixedPointSolver's two problems this layer's module poses
 
     def __init__(self, function: nn.Module, find: Callable[[Callable[[Any], Any], Any], Any], **options: Any) -> None:
@@ -76,7 +77,6 @@ class RootLayer(nn.Module):
         self.find = find
         self.options = {"warm_start": WarmStart(), **options}
 
-    @untraced
     def forward(self, y0: Any, *inputs: Any) -> Any:
         """Find y from y0 and attach its derivative.
 

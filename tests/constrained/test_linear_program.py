@@ -37,19 +37,17 @@ def test_against_the_simplex_method(generator, n, p, m, ties):
 
 
 def test_at_a_vertex_x_stands_still_and_the_duals_move(generator):
-    A, b, G, h = polytope(generator, 3, 5, 2, 8)
-    c = torch.randn(3, 5, generator=generator, dtype=D)
+    A, b, G, h = polytope(generator, 2, 3, 1, 1)
+    c = torch.randn(2, 3, generator=generator, dtype=D)
 
-    def x_and_duals(c, A, b, G, h):
-        z = solve_lp(c, A, b, G, h)
+    def x_duals_value(c, A, b, G, h):
+        z = solve_lp(c, A, b, G, h, low=0.0, high=1.0)
         return z.x, z.equality_dual, z.value
 
-    G = torch.cat([G, torch.eye(5, dtype=D).expand(3, 5, 5), -torch.eye(5, dtype=D).expand(3, 5, 5)], 1)
-    h = torch.cat([h, torch.ones(3, 10, dtype=D)], 1)
     leaves = [t.clone().requires_grad_() for t in (c, A, b, G, h)]
-    assert torch.autograd.gradcheck(x_and_duals, leaves, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(x_and_duals, leaves)
-    x, nu, value = x_and_duals(*leaves)
+    assert torch.autograd.gradcheck(x_duals_value, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(x_duals_value, leaves, fast_mode=True)
+    x, nu, value = x_duals_value(*leaves)
     (moved,) = torch.autograd.grad(x.sum(), leaves[0], retain_graph=True)
     assert float(moved.abs().max()) < 1e-12
     slopes = torch.autograd.grad(value.sum(), leaves[:3])
@@ -66,8 +64,8 @@ def test_a_face_has_a_centre_and_vertices():
     b = one.clone().requires_grad_()
     corner = solve_lp(c, row, b, low=0.0, ties="vertex")
     assert corner.vertex
-    assert sorted(corner.x.tolist()) == pytest.approx([0.0, 0.0, 0.0, 1.0], abs=1e-12)
-    assert float(corner.value) == pytest.approx(-1.0, abs=1e-12)
+    assert sorted(corner.x.detach().tolist()) == pytest.approx([0.0, 0.0, 0.0, 1.0], abs=1e-12)
+    assert corner.value.item() == pytest.approx(-1.0, abs=1e-12)
     assert float(corner.error) < 1e-12
     (slope,) = torch.autograd.grad(corner.x.sum(), b)
     assert float(slope) == pytest.approx(1.0, abs=1e-12)
