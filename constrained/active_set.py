@@ -151,12 +151,14 @@ def _filled(K: Tensor, factors: Tensor, pivots: Tensor, suspect: Tensor) -> tupl
     return factors, pivots, torch.zeros_like(suspect).index_put((rows,), found)
 
 
-def _corrected(P: Program, system: ActiveSystem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _corrected(
+    P: Program, system: ActiveSystem, x: Tensor, y: Tensor, refinements: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The solution of the system nearest to a point: x, duals, duals without negative ones, and the KKT residual."""
     n, p, m = P.q.shape[-1], P.p, P.m
     start = torch.cat([x, y], -1)
     r = system.gather(torch.cat([-P.q, P.d], -1), p, n)
-    correction, _ = system.solve((r - product(system.K, system.gather(start, p, n)))[..., None], 2)
+    correction, _ = system.solve((r - product(system.K, system.gather(start, p, n)))[..., None], refinements)
     w = start + system.scatter(correction[..., 0], p, n, m)
     new_y = w[:, n:]
     clipped = torch.cat([new_y[:, :p], new_y[:, p:].clamp_min(0)], -1)
@@ -164,7 +166,7 @@ def _corrected(P: Program, system: ActiveSystem, x: Tensor, y: Tensor) -> tuple[
 
 
 def polish(
-    P: Program, x: Tensor, y: Tensor, active: Tensor, rounds: int = 6
+    P: Program, x: Tensor, y: Tensor, active: Tensor, fit: Tensor | None = None, rounds: int = 6
 ) -> tuple[Tensor, Tensor, Tensor, ActiveSystem]:
     """Solve the KKT system of the rows that seem active, and correct the guess while that helps.
 
@@ -175,6 +177,7 @@ def polish(
         x: shape (B, n), where the correction starts: a solution that is not unique stays near it.
         y: shape (B, p + m), the duals that are kept where nothing better is found.
         active: the first guess, shape (B, m).
+        fit: items to be corrected in more than the first round, shape (B,); None for all.
         rounds: limit.
 
     Returns:
@@ -193,12 +196,15 @@ def polish(
             all_of_them = all_of_them.padded(system.index.shape[-1])
             for whole, new in zip(all_of_them.parts(), system.parts(), strict=True):
                 whole[here] = new  # in place: these systems are this function's own
-        # from no duals: where they are not unique, the solution is the one of minimum norm
-        new_x, new_y, clipped, error = _corrected(part, system, x[here], torch.zeros_like(y[here]))
-        if k == 0 and bool(system.deficient.any()):
+        near = y[here] * torch.cat([torch.ones_like(y[here, :p]), active.to(y.dtype)], -1)
+        singular = bool(system.deficient.any())
+        # from no duals where they are not unique: the solution is then the one of minimum norm
+        start = torch.where(system.deficient[:, None], 0, near) if singular else near
+        new_x, new_y, clipped, error = _corrected(part, system, x[here], start, 2 if singular else 1)
+        if k == 0 and singular:
             # from the interior duals: where that one has negative duals, these are near and positive
-            other = _corrected(part, system, x, y * torch.cat([torch.ones_like(y[:, :p]), active.to(y.dtype)], -1))
-            pick = other[3] < 0.1 * error
+            other = _corrected(part, system, x, near, 2)
+            pick = system.deficient & (other[3] < 0.1 * error)
             new_x, new_y, clipped = (
                 torch.where(pick[:, None], b, a) for a, b in zip((new_x, new_y, clipped), other[:3], strict=True)
             )
@@ -211,6 +217,7 @@ def polish(
         gap = product(part.C[:, p:], new_x) - part.d[:, p:]
         again = torch.where(active, new_y[:, p:] >= 0, gap > 0)
         left = (best[here] > 1e-13) & (again != active).any(-1)
+        left = left if fit is None else left & fit[here]
         if not bool(left.any()):
             break
         here, part, active = here[left], part.take(left), again[left]

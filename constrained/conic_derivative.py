@@ -207,7 +207,8 @@ def _cvxpy(solver: str) -> Callable[[Program, ConicCones, Mapping[str, Any]], tu
                 fill, read = _triangle(order)
                 constraint = cp.reshape(fill @ s, (order, order), order="C") >> 0
             else:
-                three = s[0::3], s[1::3], s[2::3]
+                # older versions of cvxpy refuse vectors of one power cone
+                three = (s[0], s[1], s[2]) if size == 3 else (s[0::3], s[1::3], s[2::3])
                 power = k == len(cones.sizes) - 1
                 constraint = cp.PowCone3D(*three, np.array(cones.power)) if power else cp.ExpCone(*three)
                 read = lambda c: np.stack([np.ravel(d) for d in c.dual_value], -1).ravel()  # noqa: E731

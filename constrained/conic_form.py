@@ -112,7 +112,8 @@ class ConicForm:
             int(dims.zero), int(dims.nonneg), tuple(map(int, dims.soc)), tuple(map(int, dims.psd)), int(dims.exp),
             tuple(map(float, dims.p3d)),
         )  # fmt: skip
-        self.n, self.m = int(program.x.size), int(program.constr_size)
+        self.n = int(program.x.size)
+        self.m = program.A.shape[0] // (self.n + 1)  # constr_size may count both triangles of a matrix
         self.sign = -1.0 if type(problem.objective).__name__ == "Maximize" else 1.0
         self.size = int(program.total_param_size) + 1
         self.shapes = [torch.Size(parameter.shape) for parameter in parameters]
@@ -125,7 +126,7 @@ class ConicForm:
 
     def _maps(self, program: Any) -> dict[str, Any]:
         n, m, size = self.n, self.m, self.size
-        q = sp.csr_array(program.q).reshape(n + 1, size)
+        q = sp.csr_array(program.q if hasattr(program, "q") else program.c).reshape(n + 1, size)
         tensor = sp.coo_array(program.A) if m else sp.coo_array((0, size))
         row, column = tensor.row % max(m, 1), tensor.row // max(m, 1)
         constant = column == n
@@ -226,7 +227,8 @@ def _placeholder(parameter: Any) -> Any:
     value = np.ones(parameter.shape)
     if len(parameter.shape) == 2 and parameter.shape[0] == parameter.shape[1]:
         value = np.eye(parameter.shape[0])
-    return parameter.project(value)
+    value = parameter.project(value)
+    return value.toarray() if hasattr(value, "toarray") else value
 
 
 def _columns(chain: Any, program: Any, parameters: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -234,16 +236,20 @@ def _columns(chain: Any, program: Any, parameters: Sequence[Any]) -> list[tuple[
     found = []
     for parameter in parameters:
         numbers = np.arange(1.0, 1 + int(np.prod(parameter.shape))).reshape(parameter.shape)
+        if parameter.attributes["diag"]:  # what else is passed does not count
+            numbers = np.diag(np.diag(numbers))
         deltas: dict[int, Any] = {parameter.id: numbers}
         for reduction in chain.reductions:
-            deltas = reduction.param_forward(deltas)
+            if hasattr(reduction, "param_forward"):  # else cvxpy lowers variables alone, and no parameter
+                deltas = reduction.param_forward(deltas)
         source, target = [], []
         for identity, value in deltas.items():
             start = program.param_id_to_col.get(identity)
             if start is not None:
                 flat = np.asarray(value).flatten(order="F")
-                source.append(flat.astype(np.int64) - 1)
-                target.append(start + np.arange(flat.size))
+                known = np.flatnonzero(flat)
+                source.append(flat[known].astype(np.int64) - 1)
+                target.append(start + known)
         none = np.zeros(0, dtype=np.int64)
         found.append((np.concatenate([none, *source]), np.concatenate([none, *target])))
     return found
@@ -253,7 +259,8 @@ def _recovery(chain: Any, program: Any, variable: Any) -> tuple[Any, Any]:
     """For each entry of a variable (by rows) which entry of the conic x it is, and zero for a structural zero."""
     values: dict[int, Any] = program.split_solution(np.arange(1.0, 1 + program.x.size))
     for reduction in reversed(chain.reductions):
-        values = reduction.var_forward(values)
+        if hasattr(reduction, "var_forward"):  # else split_solution has restored what cvxpy lowered
+            values = reduction.var_forward(values)
     value = values[variable.id]
     flat = np.asarray(value.toarray() if hasattr(value, "toarray") else value).reshape(-1)
     return np.maximum(flat.astype(np.int64) - 1, 0), (flat > 0).astype(np.float64)

@@ -86,22 +86,19 @@ class Program:
         Returns:
             The scaled programs and how they are scaled.
         """
-        column, row = torch.ones_like(self.q), torch.ones_like(self.d)
         P, C = self.Q.abs(), self.C.abs()
-        shrink, fit = column, row
-        for sweep in range(2):  # Ruiz: the square root of the largest entry, in turn for all rows and columns
-            if sweep:
-                P, C = P * (shrink[:, None] * shrink[..., None]), C * (fit[..., None] * shrink[:, None])
-            largest, heights = P.amax(-1), amax(C)
-            if C.shape[-2]:
-                largest = torch.maximum(largest, C.amax(-2))
-            shrink, fit = (torch.where(v > 0, v, 1).rsqrt() for v in (largest, heights))
-            column, row = column * shrink, row * fit
-        Q = self.Q * (column[:, None] * column[..., None])
-        C = self.C * (row[..., None] * column[:, None])
+        # Ruiz, two sweeps: the square root of the largest entry, in turn for all rows and columns
+        column, row = _fit(P.amax(-1), amax(C), C)
+        largest = (P * column[:, None]).amax(-1) * column
+        rows = C.mul_(column[:, None])
+        shrink, fit = _fit(largest, amax(rows) * row, rows.mul_(row[..., None]))
+        column, row = column * shrink, row * fit
+        Q = (self.Q * column[:, None]).mul_(column[..., None])
+        C = torch.mul(self.C, column[:, None], out=C).mul_(row[..., None])
         q, d = self.q * column, self.d * row
         # objective and right-hand sides in units of the solution: x of the order of b, of h, or of the free minimiser
-        size_q, size_Q, size_d = amax(q.abs()), amax(Q.abs().flatten(1)), d.abs()
+        size_q, size_d = amax(q.abs()), d.abs()
+        size_Q = torch.maximum(Q.amax(-1), -Q.amin(-1)).amax(-1)
         free = torch.where(size_Q > 0, size_q / size_Q, torch.inf)
         unit = torch.maximum(amax(size_d[:, : self.p]), torch.minimum(amax(size_d[:, self.p :]), free))
         unit = torch.where(
@@ -110,7 +107,7 @@ class Program:
         cost = torch.maximum(size_Q, size_q / unit)
         cost = torch.where(cost > 0, cost, 1).reciprocal()
         unit, cost = unit[:, None], cost[:, None]
-        scaled = Program(Q * cost[..., None], q * (cost / unit), C, d / unit, self.p)
+        scaled = Program(Q.mul_(cost[..., None]), q * (cost / unit), C, d / unit, self.p)
         root = cost.sqrt()
         return scaled, Scaling(column * unit, row * (unit / cost), row / unit, column * root, row / root)
 
@@ -344,6 +341,13 @@ class InteriorPoint:
 
 
 CERTIFICATE = 1e-9
+
+
+def _fit(largest: Tensor, heights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What brings the largest entries of columns and rows to one, half of the way."""
+    if rows.shape[-2]:
+        largest = torch.maximum(largest, rows.amax(-2))
+    return tuple(torch.where(v > 0, v, 1).rsqrt() for v in (largest, heights))  # type: ignore[return-value]
 
 
 def _least_shift(like: Tensor) -> float:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .program_layer import ProgramLayer
 from .quadratic_program import QPResult, solve_qp
 
 __all__ = ["QPLayer"]
 
-NAMES = ("Q", "q", "A", "b", "G", "h")
 
-
-class QPLayer(nn.Module):
+class QPLayer(ProgramLayer):
     """A layer whose output solves min x'Qx/2 + q'x, A x = b, G x <= h; what it holds is learnt or constant.
 
-    Data that the layer holds are parameters (an nn.Parameter stays one, and is learnt) or buffers (a tensor is a
-    constant); the others are inputs of `forward`. A Q that is to be learnt is safest as L, with `square_root=True`:
+    Data and options that the layer holds are parameters (an nn.Parameter stays one, and is learnt), buffers (any other
+    tensor is a constant) or plain values; the others are inputs of `forward`. A Q that is to be learnt is safest as L, with `square_root=True`:
     Q = L L' + 1e-6 I is then always positive definite. `state_dict` holds parameters and buffers only.
 
     Args:
@@ -28,7 +27,8 @@ class QPLayer(nn.Module):
         G: shape (*batch, m, n), or None.
         h: shape (*batch, m), or None.
         square_root: whether Q is given by its factor.
-        options: further keyword arguments of `solve_qp`: low, high, degenerate, backend, on_failure, ...
+        options: further keyword arguments of `solve_qp`: low, high, degenerate, backend, on_failure, ...; tensors among
+            them are held like the data.
 
     Raises:
         TypeError: for data that are neither tensors nor None.
@@ -46,6 +46,8 @@ class QPLayer(nn.Module):
         torch.Size([2, 2])
     """
 
+    needed: ClassVar[tuple[str, ...]] = ("Q", "q")
+
     def __init__(
         self,
         Q: Tensor | None = None,
@@ -58,25 +60,15 @@ class QPLayer(nn.Module):
         square_root: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
-        for name, value in zip(NAMES, (Q, q, A, b, G, h), strict=True):
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            elif value is None or isinstance(value, Tensor):
-                self.register_buffer(name, value)
-            else:
-                raise TypeError(
-                    f"QPLayer: {name} must be a tensor, a parameter or None, but got {type(value).__name__}."
-                )
+        super().__init__({"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h}, options)
         self.square_root = square_root
-        self.options = options
 
-    def forward(self, **inputs: Tensor) -> QPResult:
+    def forward(self, **inputs: Any) -> QPResult:
         """Solve for these inputs and the data that the layer holds.
 
         Args:
-            inputs: any of Q, q, A, b, G, h by name, in the place of the layer's own; options of `solve_qp` such as low,
-                high and warm_start as well.
+            inputs: any of Q, q, A, b, G, h and the options of `solve_qp`, warm_start say, by name, in the place of the
+                layer's own.
 
         Returns:
             The result; its x, duals and value are differentiable.
@@ -84,13 +76,8 @@ class QPLayer(nn.Module):
         Raises:
             ValueError: if Q or q is neither held nor given.
         """
-        data = {name: inputs.pop(name, getattr(self, name)) for name in NAMES}
-        for name in ("Q", "q"):
-            if data[name] is None:
-                raise ValueError(f"QPLayer: {name} is neither held by the layer nor given; pass layer({name}=...).")
-        L = data["Q"]
+        values = self.complete(inputs)
         if self.square_root:
-            eye = L.new_ones(L.shape[-2]).diag()
-            data["Q"] = L @ L.mT + 1e-6 * eye
-        options: dict[str, Any] = {**self.options, **inputs}
-        return solve_qp(**data, **options)
+            L = values["Q"]
+            values["Q"] = L @ L.mT + 1e-6 * L.new_ones(L.shape[-2]).diag()
+        return solve_qp(**values)

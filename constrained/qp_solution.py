@@ -12,7 +12,7 @@ from nestopt.linalg.result import Status
 
 from .active_set import ActiveSystem, polish
 from .interior_point import InteriorPoint, Program, Scaling, amax, product
-from .qp_fast_paths import separable_guess
+from .qp_fast_paths import pivoting, separable_guess
 
 __all__ = ["NUMBERLESS", "Solved", "Solver", "solve_programs"]
 
@@ -119,7 +119,7 @@ def solve_programs(
     """
     program, codes = _sanitise(program)
     scaled, scaling = program.equilibrate()
-    codes = _check_convex(scaled, codes)
+    codes, L = _check_convex(scaled, codes)
     if bool((codes != 0).any()):
         scaled = _trivial(scaled, codes != 0)
     B, m, p = len(program.q), program.m, program.p
@@ -137,6 +137,12 @@ def solve_programs(
             active = _seems_active(scaled, x, y)
         x, y, error, system = polish(scaled, x, y, active)
         left = error > rtol
+    elif solver is None and m <= scaled.q.shape[-1]:
+        found_x, found_y, active, fit = pivoting(scaled, L)
+        if bool(fit.any()):  # the others pass through, and are solved below
+            x, y, error, system = polish(scaled, found_x, found_y, active, fit)
+            left = ~fit | (error > rtol)
+            error = torch.where(fit, error, torch.inf)
     if m and (left is None or bool(left.any())):
         rows = None if left is None or bool(left.all()) else left.nonzero()[:, 0]
         part = scaled if rows is None else scaled.take(rows)
@@ -220,17 +226,19 @@ def _trivial(program: Program, rows: Tensor) -> Program:
     )  # fmt: skip
 
 
-def _check_convex(scaled: Program, codes: Tensor) -> Tensor:
-    narrow = scaled.Q.float()
-    narrow.diagonal(dim1=-2, dim2=-1).sub_(1e-4)  # with room for float32, which settles most at half the cost
-    doubtful = (torch.linalg.cholesky_ex(narrow)[1] > 0) & (codes == 0)
+def _check_convex(scaled: Program, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes, with the programs named whose Q is indefinite, and the Cholesky factors of Q."""
+    L, info = torch.linalg.cholesky_ex(scaled.Q)
+    doubtful = (info > 0) & (codes == 0)
     if not bool(doubtful.any()):
-        return codes
+        return codes, L
     rows = doubtful.nonzero()[:, 0]
     shifted = scaled.Q[rows]
     shifted.diagonal(dim1=-2, dim2=-1).add_(1e-9)
-    info = torch.linalg.cholesky_ex(shifted)[1]
-    return codes.index_put((rows,), torch.where(info > 0, Status.NOT_CONVEX.code, 0))
+    failed = torch.linalg.cholesky_ex(shifted)[1] > 0
+    codes = codes.index_put((rows,), torch.where(failed, Status.NOT_CONVEX.code, 0))
+    L = L.index_put((rows,), torch.zeros_like(shifted))  # half a factor is none
+    return codes, L
 
 
 def _certify(program: Program) -> Tensor:

@@ -178,12 +178,12 @@ PROGRAMS = [
         lacks={**NO_FUNCTION, **NO_SCALAR, **NO_GUESS, **NO_MODULE},
     ),
     Case(
-        "qp-layer", qp_layer, lambda g: tuple(mixed_example(g)[i] for i in (1, 0, 2, 3)), shared=(1, 3),
+        "qp-layer", qp_layer, lambda g: tuple(mixed_example(g)[i] for i in (1, 0, 2, 3)), shared=(1, 2),
         spoil=impossible, atol=1e-9, module=qp_module, lacks={**NO_FUNCTION, **NO_SCALAR, **NO_GUESS},
     ),
     Case(
-        "lp-regularised", regularised, lambda g: (normal(g, 3), uniform(g, 1), uniform(g)), regularised_exact,
-        shared=(1, 2), spoil=lambda t: (t[0], -t[1], t[2]), atol=1e-9, lacks={**NO_FUNCTION, **NO_GUESS, **NO_MODULE},
+        "lp-regularised", regularised, lambda g: (normal(g, 3) / 8, uniform(g, 1), uniform(g)), regularised_exact,
+        shared=(0, 2), spoil=lambda t: (t[0], -t[1], t[2]), atol=1e-9, lacks={**NO_FUNCTION, **NO_GUESS, **NO_MODULE},
     ),
     Case(
         "lp-vertex", vertex, vertex_example, vertex_exact, shared=(1, 2), spoil=lambda t: (-t[0], *t[1:]), atol=1e-9,
