@@ -23,7 +23,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from nestopt import implicit
+from nestopt import constrained, implicit
 from nestopt.linalg import GMRES
 
 
@@ -84,6 +84,18 @@ class Model(nn.Module):
         return self.last(self.layer(torch.zeros_like(h), h)).square().mean()
 
 
+class Program(nn.Module):
+    """The quadratic program with an input as its linear term, general rows and bounds."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        G = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+        self.program = constrained.QPLayer(Q=torch.eye(n), G=nn.Parameter(G), h=torch.ones(n), low=-1.0)
+
+    def forward(self, y, q):
+        return self.program(q=q).x
+
+
 def models(quick: bool) -> dict[str, tuple[nn.Module, int]]:
     """The models by name, with the batch that each gets."""
     n, width, batch = (8, 16, 8) if quick else (32, 256, 64)
@@ -98,6 +110,7 @@ def models(quick: bool) -> dict[str, tuple[nn.Module, int]]:
             Model(implicit.FixedPointLayer(Cell(n), picard, solver=implicit.OneStep(), **options), n, width), batch,
         ),
         "ArgminLayer, LU": (Model(implicit.ArgminLayer(Energy(n), descent, **options), n, width), batch),
+        "QPLayer": (Model(Program(10), 10, width), batch),
     }  # fmt: skip
 
 

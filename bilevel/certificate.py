@@ -120,8 +120,9 @@ def _estimate(
     known = strong_convexity is not None
     spectrum = extreme_eigenvalues(point.hessian, steps=steps, rtol=0.2, generator=generator, need_lowest=not known)
     mu = max(float(spectrum.lowest_bound), 0.0) if strong_convexity is None else strong_convexity
+    slopes = point.lower_y_graph_beyond()  # psi is differentiated twice more
     psi = point.upper_graph - sum(
-        ((g * v).sum() for g, v in zip(point.lower_y_graph, spaces.y.split(adjoint), strict=True)),
+        ((g * v).sum() for g, v in zip(slopes, spaces.y.split(adjoint), strict=True)),
         torch.zeros((), dtype=adjoint.dtype, device=adjoint.device),
     )
     psi_y = gradient(psi, point.y_leaves, create_graph=True)

@@ -12,6 +12,8 @@ from nestopt.constrained import Set, project
 from nestopt.linalg import LinearOperator
 from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, reached_leaves
 from nestopt.linalg.guard import describe_captured, graph_nodes, probe, refusal
+from nestopt.linalg.isolation import RandomState
+from nestopt.linalg.normalization import WrittenOut, normalizes
 from nestopt.linalg.result import all_finite
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
@@ -186,6 +188,7 @@ class Linearization:
         trees = spaces.x.build(self.x_leaves), spaces.y.build(self.y_leaves)
         self.arguments: tuple[Any, ...] = trees if data is None else (*trees, data)
         self.upper_graph = evaluate(problem.upper, *self.arguments, name="upper")
+        self._random = RandomState.now(x.device)
         self.lower_graph = self._evaluate_lower()
         upper = gradient(self.upper_graph, [*self.x_leaves, *self.y_leaves])
         self.upper_x = spaces.x.join(upper[: len(self.x_leaves)])
@@ -238,6 +241,19 @@ class Linearization:
                 f"{', '.join(unused)} is used by neither upper nor lower, so its hypergradient would be a silent zero; "
                 "use it, or take it out of x (look for .detach() and torch.no_grad())."
             )
+
+    def lower_y_graph_beyond(self) -> list[Tensor]:
+        """The gradient of f in y with a graph that has third derivatives of f: torch's normalisations have wrong ones.
+
+        Returns:
+            One tensor a leaf of y; `lower_y_graph` itself where f holds no normalisation.
+        """
+        if not normalizes([self.lower_graph]):
+            return self.lower_y_graph
+        written_out = WrittenOut(needed=True)
+        value = self._random.run(lambda: written_out.evaluate(self._evaluate_lower))
+        written_out.check()
+        return gradient(value, self.y_leaves, create_graph=True)
 
     def _evaluate_lower(self) -> Tensor:
         return evaluate(self.problem.lower, *self.arguments, name="lower")

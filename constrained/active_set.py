@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .interior_point import Program, amax, product
 
-__all__ = ["ActiveSystem", "polish"]
+__all__ = ["NOTHING", "ActiveSystem", "corrected", "polish"]
 
 # A pivot of an equilibrated matrix that asks for a closer look, and an eigenvalue that is nothing.
 SUSPECT, NOTHING = 1e-8, 1e-11
@@ -151,14 +151,28 @@ def _filled(K: Tensor, factors: Tensor, pivots: Tensor, suspect: Tensor) -> tupl
     return factors, pivots, torch.zeros_like(suspect).index_put((rows,), found)
 
 
-def _corrected(
-    P: Program, system: ActiveSystem, x: Tensor, y: Tensor, refinements: int
+def corrected(
+    P: Program, system: ActiveSystem, x: Tensor, y: Tensor, refinements: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The solution of the system nearest to a point: x, duals, duals without negative ones, and the KKT residual."""
+    """The solution of the system nearest to a point, by one solve for the difference.
+
+    Args:
+        P: equilibrated programs.
+        system: of their active rows.
+        x: shape (B, n).
+        y: shape (B, p + m), zero at rows that are not active.
+        refinements: of the difference; where it is nothing but rounding it needs none.
+
+    Returns:
+        x, the duals, the duals without negative ones, and the KKT residual of these.
+    """
     n, p, m = P.q.shape[-1], P.p, P.m
     start = torch.cat([x, y], -1)
     r = system.gather(torch.cat([-P.q, P.d], -1), p, n)
-    correction, _ = system.solve((r - product(system.K, system.gather(start, p, n)))[..., None], refinements)
+    r = (r - product(system.K, system.gather(start, p, n)))[..., None]
+    correction = torch.linalg.lu_solve(system.factors, system.pivots, r)
+    for _ in range(refinements):
+        correction = correction + torch.linalg.lu_solve(system.factors, system.pivots, r - system.K @ correction)
     w = start + system.scatter(correction[..., 0], p, n, m)
     new_y = w[:, n:]
     clipped = torch.cat([new_y[:, :p], new_y[:, p:].clamp_min(0)], -1)
@@ -166,7 +180,7 @@ def _corrected(
 
 
 def polish(
-    P: Program, x: Tensor, y: Tensor, active: Tensor, fit: Tensor | None = None, rounds: int = 6
+    P: Program, x: Tensor, y: Tensor, active: Tensor, rounds: int = 6
 ) -> tuple[Tensor, Tensor, Tensor, ActiveSystem]:
     """Solve the KKT system of the rows that seem active, and correct the guess while that helps.
 
@@ -177,7 +191,6 @@ def polish(
         x: shape (B, n), where the correction starts: a solution that is not unique stays near it.
         y: shape (B, p + m), the duals that are kept where nothing better is found.
         active: the first guess, shape (B, m).
-        fit: items to be corrected in more than the first round, shape (B,); None for all.
         rounds: limit.
 
     Returns:
@@ -200,10 +213,10 @@ def polish(
         singular = bool(system.deficient.any())
         # from no duals where they are not unique: the solution is then the one of minimum norm
         start = torch.where(system.deficient[:, None], 0, near) if singular else near
-        new_x, new_y, clipped, error = _corrected(part, system, x[here], start, 2 if singular else 1)
+        new_x, new_y, clipped, error = corrected(part, system, x[here], start, 2 if singular else 1)
         if k == 0 and singular:
             # from the interior duals: where that one has negative duals, these are near and positive
-            other = _corrected(part, system, x, near, 2)
+            other = corrected(part, system, x, near, 2)
             pick = system.deficient & (other[3] < 0.1 * error)
             new_x, new_y, clipped = (
                 torch.where(pick[:, None], b, a) for a, b in zip((new_x, new_y, clipped), other[:3], strict=True)
@@ -217,7 +230,6 @@ def polish(
         gap = product(part.C[:, p:], new_x) - part.d[:, p:]
         again = torch.where(active, new_y[:, p:] >= 0, gap > 0)
         left = (best[here] > 1e-13) & (again != active).any(-1)
-        left = left if fit is None else left & fit[here]
         if not bool(left.any()):
             break
         here, part, active = here[left], part.take(left), again[left]

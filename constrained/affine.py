@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.implicit.transforms import transformed
 from nestopt.linalg import LinearOperator
 
 from .sets import Set
@@ -80,6 +81,13 @@ def orthonormal_rows(A: Tensor, b: Tensor, owner: str = "Affine") -> tuple[Tenso
     return W, Q.mT
 
 
+def _for_each_b(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`orthonormal_rows`, repeated where vmap has one A and many b."""
+    W, Q = orthonormal_rows(A, b)
+    batch = torch.broadcast_shapes(A.shape[:-2], b.shape[:-1])  # type: ignore[no-untyped-call]
+    return W.expand(*batch, *W.shape[-2:]), Q.expand(*batch, *Q.shape[-2:])
+
+
 @dataclass(frozen=True, eq=False)
 class Affine(Set):
     """{x: A x = b} for A of full row rank.
@@ -119,7 +127,8 @@ class Affine(Set):
         kept = self.__dict__.get("_kept")
         if key is not None and kept is not None and kept[0] == key:
             return kept[1]  # type: ignore[no-any-return]
-        factors: tuple[Tensor, Tensor] = opaque(orthonormal_rows, self.A, self.b, spaces=[2, 1])
+        find = _for_each_b if transformed() else orthonormal_rows
+        factors: tuple[Tensor, Tensor] = opaque(find, self.A, self.b, spaces=[2, 1])
         if key is not None:
             object.__setattr__(self, "_kept", (key, factors))
         return factors

@@ -29,6 +29,9 @@ class NonNegative(Set):
     def _project(self, x: Tensor) -> Tensor:
         return x.clamp_min(0)
 
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
+
     def _jacobian(self, x: Tensor) -> LinearOperator:
         return DiagonalPlusLowRank(kept_nan(x, x >= 0))
 
@@ -112,6 +115,9 @@ class DualCone(Set):
 
     def _project(self, x: Tensor) -> Tensor:
         return x + self.cone._project(-x)
+
+    def _broken(self, x: Tensor) -> Tensor:
+        return self.cone._broken(x)
 
     def _jacobian(self, x: Tensor) -> LinearOperator:
         D = self.cone._jacobian(-x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,21 +59,59 @@ class ConicCones:
         Returns:
             A tensor of its shape.
         """
+        parts = [
+            _project_triangle(part, kind) if isinstance(kind, int) else kind.project(part)
+            for kind, part in self._blocks(v)
+        ]
+        return torch.cat(parts, -1) if parts else v
+
+    def dual_jacobian(self, v: Tensor) -> Tensor:
+        """The derivative of the projection onto K*, one block a cone; at kinks as the sets choose it.
+
+        Args:
+            v: shape (*batch, m), detached.
+
+        Returns:
+            Shape (*batch, m, m).
+        """
+        out, start = v.new_zeros(*v.shape, v.shape[-1]), 0
+        for kind, part in self._blocks(v):
+            rows = slice(start, start + part.shape[-1])
+            out[..., rows, rows] = (
+                _triangle_jacobian(part, kind) if isinstance(kind, int) else kind.jacobian(part).to_dense()
+            )
+            start = rows.stop
+        return out
+
+    def _blocks(self, v: Tensor) -> Iterator[tuple[Set | int, Tensor]]:
+        """The dual cones that have rows, an integer for semidefinite matrices of this order, with their parts of v."""
         kinds: list[Set | int] = [WholeSpace(), NonNegative(), *[SecondOrderCone() for _ in self.second_order]]
         kinds += [*self.semidefinite, DualCone(ExponentialCone())]
         kinds += [DualCone(PowerCone(v.new_tensor(self.power))) if self.power else WholeSpace()]
-        parts = []
         for kind, part in zip(kinds, torch.split(v, list(self.sizes), -1), strict=True):
             if part.shape[-1]:
-                parts.append(_project_triangle(part, kind) if isinstance(kind, int) else kind.project(part))
-        return torch.cat(parts, -1) if parts else v
+                yield kind, part
+
+
+def _triangle_places(v: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows and columns of the entries of a scaled triangle, the entry at each place of the matrix, and the scales."""
+    column, row = torch.tril_indices(k, k, device=v.device)  # the upper triangle by columns is the lower one by rows
+    place = torch.empty(k, k, dtype=torch.int64, device=v.device)
+    place[row, column] = place[column, row] = torch.arange(len(row), device=v.device)
+    return row, column, place, torch.where(row == column, v.new_tensor(1), v.new_tensor(2).sqrt())
 
 
 def _project_triangle(v: Tensor, k: int) -> Tensor:
     """The projection of scaled upper triangles of k x k matrices onto the semidefinite ones."""
-    column, row = torch.tril_indices(k, k, device=v.device)  # the upper triangle by columns is the lower one by rows
-    place = torch.empty(k, k, dtype=torch.int64, device=v.device)
-    place[row, column] = place[column, row] = torch.arange(len(row), device=v.device)
-    scale = torch.where(row == column, v.new_tensor(1), v.new_tensor(2).sqrt())
-    matrix = (v / scale)[..., place]
-    return PSDCone().project(matrix)[..., row, column] * scale
+    row, column, place, scale = _triangle_places(v, k)
+    return PSDCone().project((v / scale)[..., place])[..., row, column] * scale
+
+
+def _triangle_jacobian(v: Tensor, k: int) -> Tensor:
+    """The derivative of that projection, of shape (*batch, rows, rows)."""
+    row, column, place, scale = _triangle_places(v, k)
+    D = PSDCone().jacobian((v / scale)[..., place])
+    units = (torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) / scale)[:, place].flatten(-2)
+    sides = units.reshape(len(units), *(1,) * (v.ndim - 1), k * k).expand(len(units), *v.shape[:-1], k * k)
+    moved: Tensor = (D @ sides).unflatten(-1, (k, k))
+    return (moved[..., row, column] * scale).movedim(0, -1)

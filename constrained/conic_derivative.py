@@ -12,13 +12,15 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from nestopt.linalg import Status
+from nestopt.implicit.jacobian import SystemJacobian
+from nestopt.linalg import LU, LinearOperator, Status
+from nestopt.linalg.dense import Factored
 
 from .conic_cones import ConicCones
 from .conic_form import ConicForm, accumulate
 from .kkt import refine
 
-__all__ = ["ConicEquations", "find_conic", "measure_conic"]
+__all__ = ["ConicEquations", "ConicLU", "find_conic", "measure_conic"]
 
 Program = tuple[Any, Any, Any, Any]
 
@@ -66,6 +68,18 @@ class ConicEquations:
         Px, Aty, Ax = self.products(x, y, P, A)
         return torch.cat([Px + c + Aty, Ax + (y - v) - b], -1)
 
+    def jacobian(self, z: Tensor, P: Tensor, c: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        """DR/dz = ((P, A'D), (A, D - I)) with D of the projection onto K*, of shape (*batch, n + m, n + m)."""
+        n, m = self.sizes
+        D = self.cones.dual_jacobian(z[..., n:])
+        matrix = torch.zeros(*z.shape, n + m, dtype=z.dtype, device=z.device)
+        dense = torch.zeros(*z.shape[:-1], m, n, dtype=z.dtype, device=z.device)
+        matrix[(..., *self.P_at)] = P
+        dense[(..., *self.A_at)] = A
+        matrix[..., :n, n:], matrix[..., n:, :n] = dense.mT @ D, dense
+        matrix[..., n:, n:] = D - torch.eye(m, dtype=z.dtype, device=z.device)
+        return matrix
+
     def lagrangian(self, z: Tensor, P: Tensor, c: Tensor, d: Tensor, A: Tensor, b: Tensor) -> Tensor:
         """X'P x / 2 + c'x + d + y'(A x - b), stationary in z at a solution."""
         x, v = torch.split(z, list(self.sizes), -1)
@@ -84,6 +98,33 @@ def measure_conic(equations: ConicEquations, z: Tensor, P: Tensor, c: Tensor, A:
         if r.shape[-1]:
             parts.append(r.abs().amax(-1) / (1 + torch.stack([t.abs().amax(-1) for t in terms]).amax(0)))
     return torch.stack(parts).amax(0)
+
+
+@dataclass(frozen=True)
+class ConicLU(LU):
+    """LU of the Jacobian of R, which is written down instead of found by n + m backward passes.
+
+    Args:
+        equations: of R.
+    """
+
+    equations: ConicEquations | None = None
+
+    def prepare(self, A: LinearOperator) -> Factored:
+        """Factorise.
+
+        Args:
+            A: the Jacobian of the equations' residual with its point and data, of shape (*batch, n + m, n + m).
+
+        Returns:
+            The factors; products with A itself certify the solutions.
+        """
+        if not isinstance(A, SystemJacobian) or self.equations is None:
+            return super().prepare(A)
+        self._check_operator(A)
+        with torch.no_grad():
+            matrix = self.equations.jacobian(A.y.detach(), *(t.detach() for t in A.theta))
+            return Factored(self, A, matrix, *self._factorise(matrix))
 
 
 def find_conic(
@@ -130,7 +171,7 @@ def find_conic(
     best, error = start, torch.full(batch, torch.nan, dtype=torch.float64, device=device)
     if bool(present.any()):
         kept = [t[present] for t in numbers]
-        (sharp,) = refine(equations.residual)(start[present], *kept)
+        (sharp,) = refine(equations.residual, equations.jacobian)(start[present], *kept)
         best = start.clone()
         best[present] = sharp
         error[present] = measure_conic(equations, sharp, *kept)
@@ -157,14 +198,47 @@ def _clarabel(program: Program, cones: ConicCones, options: Mapping[str, Any]) -
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     for name, value in options.items():
+        if not hasattr(settings, name):
+            raise ValueError(f"ConvexProgram: solver_options has {name!r}, which is no setting of Clarabel.")
         setattr(settings, name, value)
     P, c, A, b = program
     found = clarabel.DefaultSolver(sp.csc_matrix(sp.triu(P)), c, sp.csc_matrix(A), b, kinds, settings).solve()
-    code = _STATUSES.get(str(found.status), Status.STAGNATED).code
-    if code in (Status.INFEASIBLE.code, Status.UNBOUNDED.code):
-        return None, code
+    status = _STATUSES.get(str(found.status), Status.STAGNATED)
     x, y, s = (np.asarray(part) for part in (found.x, found.z, found.s))
-    return np.concatenate([x, y - s]), code
+    if status in (Status.INFEASIBLE, Status.UNBOUNDED):
+        return None, (status if _proves(status, program, cones, x, y) else Status.STAGNATED).code
+    return np.concatenate([x, y - s]), status.code
+
+
+def _proves(status: Status, program: Program, cones: ConicCones, x: Any, y: Any) -> bool:
+    """Whether y is a Farkas certificate of infeasibility, or x a direction of endless descent, up to `_CERTIFIED`.
+
+    A'y = 0, y in K* and b'y < 0: no feasible (x, s) has |x| + |s| below a million. P x = 0, -A x in K and c'x < 0: from
+    any feasible point the objective falls without bound along x.
+
+    Args:
+        status: INFEASIBLE or UNBOUNDED, as the solver says.
+        program: P, c, A and b of an item.
+        cones: K.
+        x: what the solver found, shape (n,).
+        y: its multipliers, shape (m,).
+
+    Returns:
+        The truth.
+    """
+
+    def onto_dual(v: Any) -> Any:
+        return cones.project_dual(torch.as_tensor(v, dtype=torch.float64)).numpy()
+
+    P, c, A, b = program
+    if status is Status.INFEASIBLE:
+        gain, lost = -b @ y, (A.T @ y, y - onto_dual(y))
+    else:
+        gain, lost = -c @ x, (P @ x, onto_dual(A @ x))  # s in K projects -s to zero
+    return bool(gain > 0) and all(np.abs(part).max(initial=0) <= _CERTIFIED * gain for part in lost)
+
+
+_CERTIFIED = 1e-6  # relative to the certificate's gain
 
 
 _STATUSES = {
@@ -216,13 +290,20 @@ def _cvxpy(solver: str) -> Callable[[Program, ConicCones, Mapping[str, Any]], tu
             reads.append(read)
         problem = cp.Problem(cp.Minimize(objective), constraints)
         try:
-            problem.solve(solver=solver, **options)
-        except cp.error.SolverError:
+            problem.solve(solver=solver.upper(), **options)
+        except cp.error.SolverError as error:
+            try:
+                problem.get_problem_data(solver.upper())
+            except cp.error.SolverError:
+                raise ValueError(
+                    f"ConvexProgram: the solver {solver} cannot do the cones of the problem ({error}); leave solver at "
+                    "None."
+                ) from error
             return None, Status.STAGNATED.code
-        if "infeasible" in problem.status:
-            return None, Status.INFEASIBLE.code
-        if "unbounded" in problem.status:
-            return None, Status.UNBOUNDED.code
+        if "infeasible" in problem.status or "unbounded" in problem.status:
+            _, code = _clarabel(program, cones, {})  # cvxpy hands no certificate on
+            certified = (Status.INFEASIBLE.code, Status.UNBOUNDED.code)
+            return None, code if code in certified else Status.STAGNATED.code
         if x.value is None or any(c.dual_value is None for c in constraints):
             return None, Status.MAX_ITER.code
         duals = [np.ravel(read(constraint)) for read, constraint in zip(reads, constraints, strict=True)]

@@ -16,9 +16,10 @@ from nestopt.implicit.monitor import OnFailure, check_on_failure, report
 from nestopt.linalg import LinearSolver, Result, Status
 from nestopt.linalg.result import scalar_or_tensor
 
-from .conic_derivative import ConicEquations, find_conic
+from .conic_derivative import ConicEquations, ConicLU, find_conic
 from .conic_form import ConicData, ConicForm
-from .kkt import envelope, spoil
+from .kkt import envelope
+from .spoiled_items import spoil
 from .value_only import opaque
 
 __all__ = ["ConvexProgram", "ConvexSolution"]
@@ -42,6 +43,8 @@ class ConvexSolution(Result):
     duals: tuple[Tensor, ...]
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.x:
+            raise KeyError(f"ConvexSolution: {name!r} is no variable of the solution; it has {list(self.x)}.")
         value: Tensor = self.x[name]
         return value
 
@@ -60,9 +63,10 @@ class ConvexProgram(nn.Module):
     power cones.
 
     An item is CONVERGED where the residual of both parts of R, each relative to one plus its largest summand, is
-    measured at or below `tolerance`. INFEASIBLE and UNBOUNDED rest on the solver's certificate. A parameter outside of
-    the sign or definiteness that it was declared with makes the problem NOT_CONVEX. Failed items are NaN and change
-    nothing for the others: a cotangent of zero for them adds zero to the gradients of shared parameters.
+    measured at or below `tolerance`. It is INFEASIBLE or UNBOUNDED where a certificate by Clarabel (asked again after
+    another solver) is measured to hold to 1e-6 of its gain, else STAGNATED. A parameter outside of the sign or
+    definiteness that it was declared with makes the problem NOT_CONVEX. Failed items are NaN and change nothing for the
+    others: a cotangent of zero for them adds zero to the gradients of shared parameters.
 
     Where strict complementarity fails, the projection has a kink and the derivative is that of one side. Where
     solutions or multipliers are not unique (redundant constraints), R's Jacobian is singular: derivatives are then NaN
@@ -163,7 +167,7 @@ class ConvexProgram(nn.Module):
         )
         z, codes, error = found
         attached = root(
-            equations.residual, z, *numbers, solver=self.linear_solver, batch_dims=len(batch),
+            equations.residual, z, *numbers, solver=self._solver(equations, z), batch_dims=len(batch),
             on_failure=self.on_failure if self.on_failure != "warn" else "nan", monitor=self.monitor,
         )  # fmt: skip
         # root measures the distance by a Newton step, and has refused what an ill-conditioned Jacobian leaves open
@@ -181,6 +185,10 @@ class ConvexProgram(nn.Module):
     def extra_repr(self) -> str:
         """The names, for the module's representation."""
         return f"parameters={list(self.parameter_names)}, variables={list(self.variable_names)}"
+
+    def _solver(self, equations: ConicEquations, z: Tensor) -> LinearSolver | None:
+        small = z.shape[-1] <= 512 and z.numel() * z.shape[-1] <= 2**24  # root's own limits of a factorisation
+        return ConicLU(equations=equations) if self.linear_solver is None and small else self.linear_solver
 
     def _find(self, equations: ConicEquations, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, codes, error = find_conic(equations, self.solver, self.solver_options, self.tolerance, *data)

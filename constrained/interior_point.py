@@ -177,7 +177,6 @@ class InteriorPoint:
         tolerance: float,
         max_iter: int,
         start: tuple[Tensor, Tensor, Tensor] | None = None,
-        enough: float = 1.0,
     ) -> PathState:
         """Run from the starting point.
 
@@ -185,16 +184,13 @@ class InteriorPoint:
             tolerance: of the relative KKT residual.
             max_iter: limit of steps.
             start: (x, y, s) with positive slack and inequality duals; None for the method's own.
-            enough: the part of the items whose end ends the run; the others are STOPPED.
 
         Returns:
             The last state; no item RUNNING.
         """
         state = self.init() if start is None else self.evaluate(*start)
-        left = int((1 - enough) * len(state.error))
-        callbacks = [lambda _, state: int(is_running(state.codes).sum()) <= left] if left else []
         limit = torch.full_like(state.error, tolerance)
-        return iterate(self.step, state, max_iter=max_iter, tolerance=limit, callbacks=callbacks)
+        return iterate(self.step, state, max_iter=max_iter, tolerance=limit)
 
     def init(self) -> PathState:
         """The least-squares slack of CVXOPT's starting point, shifted into the interior."""

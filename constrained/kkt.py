@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from nestopt.implicit.jacobian import SystemJacobian
 from nestopt.implicit.pullback import pull
 from nestopt.implicit.transforms import alive, recording, within_jvp
-from nestopt.linalg import LSMR, LU, MINRESQLP, LinearOperator, LinearSolver, Prepared, Solution, Status, iterate
+from nestopt.linalg import LSMR, LU, MINRESQLP, Dense, LinearOperator, LinearSolver, Prepared, Solution, Status, iterate
 from nestopt.linalg.result import any_of, is_running, scalar_or_tensor
 
-__all__ = ["MinimumNorm", "Outside", "envelope", "refine", "spoil"]
+__all__ = ["MinimumNorm", "Outside", "envelope", "refine"]
 
 
 class Outside:
@@ -203,58 +204,19 @@ def envelope(function: Callable[..., Tensor], stationary: Sequence[Tensor], thet
     return found
 
 
-class _Spoil(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, good: Tensor) -> Tensor:
-        return torch.where(good, x, torch.nan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Any:
-        (good,) = alive(ctx.saved_tensors)
-        return torch.where(good | (v == 0), v, torch.nan), None
-
-    @staticmethod
-    def jvp(ctx: Any, x_dot: Tensor, _: Any) -> Tensor:
-        with within_jvp(ctx, [x_dot]) as (good,):
-            return torch.where(good, x_dot, torch.nan)
-
-
-def spoil(x: Tensor, good: Tensor) -> Tensor:
-    """NaN where an item is not good; its derivative is NaN too, but for a cotangent of zero, which stays zero.
-
-    Args:
-        x: values.
-        good: boolean, broadcasts to x.
-
-    Returns:
-        A tensor of x's shape.
-    """
-    found: Tensor = _Spoil.apply(x, good.broadcast_to(x.shape))  # type: ignore[no-untyped-call]
-    return found
-
-
 @dataclass(frozen=True)
 class _NewtonState:
-    """A point of every system, with the graph of its residual."""
+    """A point of every system, its residual, and how to get the Jacobian there."""
 
-    jacobian: SystemJacobian
+    y: Tensor
+    residual: Tensor
+    jacobian: Callable[[], LinearOperator]
     codes: Tensor
     iterations: Tensor
     error: Tensor
 
-    @property
-    def y(self) -> Tensor:
-        return self.jacobian.y.detach()
 
-
-def refine(function: Callable[..., Tensor]) -> Outside:
+def refine(function: Callable[..., Tensor], jacobian: Callable[..., Tensor] | None = None) -> Outside:
     """A root of function(y, *tensors) near y, by damped (semismooth) Newton steps on every system alone.
 
     A step is halved until |R| falls, and the run ends where it does no more: at the rounding level, if all is well.
@@ -262,6 +224,7 @@ def refine(function: Callable[..., Tensor]) -> Outside:
 
     Args:
         function: (y, *tensors) -> R, of y's shape (*systems, n).
+        jacobian: (y, *tensors) -> dR/dy of shape (*systems, n, n); None for n backward passes.
 
     Returns:
         The function (y, *tensors) -> (root,).
@@ -269,17 +232,21 @@ def refine(function: Callable[..., Tensor]) -> Outside:
 
     def find(y: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         def evaluate(y: Tensor, codes: Tensor) -> _NewtonState:
-            A = SystemJacobian(function, y, tensors, [False] * len(tensors), symmetric=False)
-            error = torch.linalg.vector_norm(A.residual_vector.detach(), dim=-1)
-            return _NewtonState(A, codes, torch.zeros_like(codes), error)
+            slope: Callable[[], LinearOperator]
+            if jacobian is None:
+                A = SystemJacobian(function, y, tensors, [False] * len(tensors), symmetric=False)
+                r, slope = A.residual_vector.detach(), lambda: A
+            else:
+                r, slope = function(y, *tensors), lambda: Dense(jacobian(y, *tensors))
+            return _NewtonState(y, r, slope, codes, torch.zeros_like(codes), torch.linalg.vector_norm(r, dim=-1))
 
         def step(state: _NewtonState) -> _NewtonState:
             running = is_running(state.codes)
-            direction = MinimumNorm()(state.jacobian, -state.jacobian.residual_vector.detach()).x
+            direction = MinimumNorm()(state.jacobian(), -state.residual).x
             direction = torch.where(running[..., None], direction, 0)
             full = evaluate(state.y + direction, state.codes)
             left, y = running & ~(full.error < 0.9999 * state.error), full.y
-            if not any_of(left):  # the usual case: the residual and its graph are at hand
+            if not any_of(left):  # the usual case: what belongs to the point is at hand
                 return full
             for k in range(1, 12):
                 trial = state.y + 0.5**k * direction
@@ -298,6 +265,7 @@ def refine(function: Callable[..., Tensor]) -> Outside:
 
     def vmapped(mapped: tuple[bool, ...], randomness: str, size: int) -> Outside:
         dims = tuple(0 if flag else None for flag in mapped)
-        return refine(torch.func.vmap(function, in_dims=dims, randomness=randomness))
+        over = partial(torch.func.vmap, in_dims=dims, randomness=randomness)
+        return refine(over(function), None if jacobian is None else over(jacobian))
 
     return Outside(find, vmapped)

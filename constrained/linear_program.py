@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestopt.implicit.transforms import transformed
+from nestopt.implicit.transforms import transformed, untraced
 from nestopt.linalg.result import scalar_or_tensor
 
 from .quadratic_program import QPResult, solve_qp
 
 __all__ = ["LPResult", "Ties", "solve_lp"]
+
+SHARED = tuple(field.name for field in fields(QPResult))
 
 Ties = Literal["centre", "vertex"]
 
@@ -97,15 +99,17 @@ def solve_lp(
         >>> sorted(z.x.tolist()), z.vertex
         ([0.0, 0.0, 1.0], True)
     """
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(solve_lp)(  # type: ignore[no-any-return, no-untyped-call]
+    if torch.compiler.is_compiling() and (ties != "centre" or isinstance(regularization, Tensor)):
+        return _solve_lp_untraced(
             c, A, b, G, h, low=low, high=high, regularization=regularization, ties=ties, **options
         )
     if not isinstance(c, Tensor) or c.ndim < 1 or not c.is_floating_point():
         kind = f"{c.dtype} of shape {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
         raise TypeError(f"solve_lp: c must be a floating tensor of shape (*batch, n), but got {kind}.")
     gamma = torch.as_tensor(regularization, dtype=c.dtype, device=c.device)
-    if not transformed() and not bool((gamma >= 0).all()):
+    # a number is judged as one: a graph cannot look into a tensor
+    numeric = not isinstance(regularization, Tensor)
+    if not (regularization >= 0 if numeric else transformed() or bool((gamma >= 0).all())):
         raise ValueError(f"solve_lp: regularization must be >= 0, but got {regularization}; 0 for the exact program.")
     if ties not in ("centre", "vertex"):
         raise ValueError(f'solve_lp: ties must be "centre" or "vertex", but got {ties!r}.')
@@ -124,6 +128,9 @@ def solve_lp(
     with torch.no_grad():
         corner = _corner(solve(c.detach()), c, A, b, G, h, low, high, options)
     return _named(solve(c, warm_start=corner, degenerate="active"), A, G, low, high)
+
+
+_solve_lp_untraced = untraced(solve_lp)
 
 
 def _corner(
@@ -208,5 +215,5 @@ def _named(z: QPResult, A: Tensor | None, G: Tensor | None, low: Any, high: Any)
         together = torch.cat(rows, -2) if rows else x.new_zeros(*batch, 1, x.shape[-1])
         together = torch.where(together.isnan(), 0, together)  # of a program without numbers: no rank is asked of NaN
         vertex = (torch.linalg.matrix_rank(together, rtol=1e-9) == x.shape[-1]) & ~x.isnan().any(-1)
-    shown = vertex if transformed() else scalar_or_tensor(vertex)
-    return LPResult(**{f.name: getattr(z, f.name) for f in fields(QPResult)}, vertex=shown)
+    shown = vertex if transformed() or torch.compiler.is_compiling() else scalar_or_tensor(vertex)
+    return LPResult(**{name: getattr(z, name) for name in SHARED}, vertex=shown)

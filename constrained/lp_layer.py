@@ -37,9 +37,9 @@ class LPLayer(ProgramLayer):
         >>> from nestopt import constrained
         >>> row, budget = torch.ones(1, 3), torch.nn.Parameter(torch.ones(1))
         >>> layer = constrained.LPLayer(A=row, b=budget, low=0.0, regularization=1.0)
-        >>> z = layer(c=torch.tensor([-0.6, -0.4, 0.3]))
+        >>> z = layer(c=torch.tensor([-0.6, -0.4, -0.5]))
         >>> z.x.detach()
-        tensor([0.6000, 0.4000, 0.0000])
+        tensor([0.4333, 0.2333, 0.3333])
         >>> z.value.backward()
         >>> layer.b.grad.isclose(-z.equality_dual).all()
         tensor(True)

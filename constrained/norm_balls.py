@@ -107,6 +107,9 @@ class LinfBall(Set):
     def _project(self, x: Tensor) -> Tensor:
         return clamp(x, *self._bounds(x))
 
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
+
     def _jacobian(self, x: Tensor) -> LinearOperator:
         low, high = self._bounds(x)
         return DiagonalPlusLowRank(kept_nan(x, (low <= x) & (x <= high) & (low < high)))

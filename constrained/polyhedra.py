@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nestopt.implicit import ImplicitWarning
 from nestopt.linalg import LinearOperator
 
 from .affine import check_rows, onto_rows, orthonormal_rows, times
 from .sets import Set
+from .spoiled_items import spoil
 from .structured import DiagonalPlusLowRank
 from .value_only import opaque
 
@@ -29,7 +32,8 @@ class Polyhedron(Set):
     solve in finitely many steps as non-negative least squares, for all items of a batch at once, in float64. With the
     active rows C known, it is the projection onto {C x = d}, and that is what is differentiated. Before it is used, the
     active set is certified: no inequality is violated and no multiplier is negative by more than 1e-10, relative to
-    the largest entry of x and to its distance.
+    the largest entry of x and to its distance. An item that fails this is NaN, after an ImplicitWarning, and changes no
+    other.
 
     The Jacobian is I - Q Q' for an orthonormal basis Q of the active rows, so that at a kink (a row that is active with
     multiplier zero) it is the one of the smallest face that holds P(x). A row that is active and depends on others is
@@ -79,10 +83,10 @@ class Polyhedron(Set):
             return self.G.new_zeros(0, self.G.shape[-1]), self.h.new_zeros(0)
         return self.A, self.b
 
-    def _active(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _active(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return opaque(_identify, x, self.G, self.h, *self._equations(), spaces=[1, 2, 1, 2, 1])  # type: ignore[no-any-return]
 
-    def _checked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _checked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._need_space(x)
         n, (A, b) = self.G.shape[-1], self._equations()
         if x.shape[-1] != n:
@@ -94,23 +98,24 @@ class Polyhedron(Set):
         return self._active(x)
 
     def _project(self, x: Tensor) -> Tensor:
-        active, W, Q = self._checked(x)
+        active, W, Q, good = self._checked(x)
         A, b = self._equations()
         rows = torch.where(active[..., None], self.G, 0)
         right = torch.where(active, self.h, 0)
         batch = rows.shape[:-2]
         C = torch.cat([A.expand(*batch, *A.shape[-2:]), rows], dim=-2)
         d = torch.cat([b.expand(*batch, b.shape[-1]), right], dim=-1)
-        return torch.where(x.isfinite().all(-1, keepdim=True), onto_rows(x, C, d, W, Q), torch.nan)
+        p = spoil(onto_rows(x, C, d, W, Q), good[..., None])
+        return torch.where(x.isfinite().all(-1, keepdim=True), p, torch.nan)
 
     def _jacobian(self, x: Tensor) -> LinearOperator:
-        _, _, Q = self._checked(x)
-        finite = x.isfinite().all(-1, keepdim=True)
-        return DiagonalPlusLowRank(torch.where(finite, 1.0, torch.nan).to(x.dtype).expand_as(x), Q)
+        _, _, Q, good = self._checked(x)
+        usable = x.isfinite().all(-1, keepdim=True) & good[..., None]
+        return DiagonalPlusLowRank(torch.where(usable, 1.0, torch.nan).to(x.dtype).expand_as(x), Q)
 
 
-def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows of G are active at the projection, and W and Q of `onto_rows` for A and those."""
+def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which rows of G are active at the projection, W and Q of `onto_rows` for A and those, and who is certified."""
     dtype = x.dtype
     x, G, h, A, b = (t.double() for t in (x, G, h, A, b))
     W, Q = orthonormal_rows(A, b, "Polyhedron")
@@ -131,17 +136,21 @@ def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Te
         raise ValueError(_EMPTY)
     gap = torch.where(moving, gap, torch.inf)
     items = math.prod(batch)
-    active = _least_distance(rows.reshape(items, m, n), gap.reshape(items, m)).reshape(*batch, m)
+    active, good = _least_distance(rows.reshape(items, m, n), gap.reshape(items, m))
+    active, good = active.reshape(*batch, m), good.reshape(batch)
     W, Q, p, multipliers = _solve_rows(start, A, b, G, h, active)
     scale = torch.maximum(scale, (p - start).abs().amax(-1)) if n else scale
     slack = (gap - times(rows, p - start)) / scale[..., None]
     lowest = torch.where(active, multipliers, 0).amin(-1) if m else scale
-    if bool(((slack < -_TOLERANCE).any(-1) | (lowest < -_TOLERANCE * scale)).any()):
-        raise ArithmeticError(
-            f"Polyhedron: the active set found violates an inequality by {float(-slack.min()):.1e}, or a multiplier's "
-            f"sign by {float(-(lowest / scale).min()):.1e}, relative to the size of x; scale G and h, or remove rows "
-            "that nearly depend on others."
-        )
+    good = good & ~(slack < -_TOLERANCE).any(-1) & ~(lowest < -_TOLERANCE * scale)
+    if not bool(good.all()):
+        warnings.warn(
+            f"Polyhedron: {int((~good).sum())} of {good.numel()} items have no certified active set, and are NaN: it "
+            f"violates an inequality by {float(-slack.min()):.1e}, or a multiplier's sign by "
+            f"{float(-(lowest / scale).min()):.1e}, relative to the size of x; scale G and h, or remove rows that "
+            "nearly depend on others.",
+            ImplicitWarning, stacklevel=2,
+        )  # fmt: skip
     waiting = (slack < _TOLERANCE) & ~active  # kinks: rows that are active with multiplier zero
     while bool(waiting.any()):
         first = waiting & (waiting.cumsum(-1) == 1)
@@ -149,7 +158,7 @@ def _identify(x: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> tuple[Te
         new = torch.linalg.vector_norm(row - times(Q.mT, times(Q, row)), dim=-1, keepdim=True) > _INDEPENDENT
         active, waiting = active | (first & new), waiting & ~first
         W, Q, _, _ = _solve_rows(start, A, b, G, h, active)
-    return active, W.to(dtype), Q.to(dtype)
+    return active, W.to(dtype), Q.to(dtype), good
 
 
 _EMPTY = "Polyhedron: the set is empty: no x has G x <= h and A x = b; relax h, or look for signs."
@@ -180,7 +189,7 @@ def _factor(C: Tensor, idle: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(R.mT, eye, upper=False) / size[..., None, :], Q[..., : C.shape[-1], :].mT
 
 
-def _least_distance(rows: Tensor, gap: Tensor) -> Tensor:
+def _least_distance(rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that are active at the shortest d with rows d <= gap: an independent set with positive multipliers.
 
     Args:
@@ -188,15 +197,14 @@ def _least_distance(rows: Tensor, gap: Tensor) -> Tensor:
         gap: shape (items, m), inf allowed.
 
     Returns:
-        A boolean tensor of shape (items, m).
+        A boolean tensor of shape (items, m), and whether the active set has settled, of shape (items,).
 
     Raises:
         ValueError: if there is no such d.
-        ArithmeticError: if the active sets do not settle.
     """
     passive = torch.zeros_like(gap, dtype=torch.bool)
     if not gap.numel():
-        return passive
+        return passive, gap.new_ones(len(gap), dtype=torch.bool)
     asked = gap.isfinite()
     worst = torch.where(asked, -gap, 0).amax(-1, keepdim=True)
     busy = (worst > 0)[:, 0]
@@ -217,7 +225,7 @@ def _least_distance(rows: Tensor, gap: Tensor) -> Tensor:
         best, j = w.max(-1)
         busy = busy & (~adding | (best > 1e-13 * length[:, 0]))
         if not bool(busy.any()):
-            return passive
+            break
         entering = torch.zeros_like(passive).scatter_(-1, j[:, None], True) & (busy & adding)[:, None]
         passive = passive | entering
         z = _least_squares(E, passive)
@@ -233,7 +241,7 @@ def _least_distance(rows: Tensor, gap: Tensor) -> Tensor:
         passive, u = passive & ~leaving, torch.where(leaving, 0, moved)
         blocked = torch.where(whole[:, None], ~asked, blocked)
         adding = torch.where(busy, ~partial, adding)
-    raise ArithmeticError("Polyhedron: the active sets do not settle; scale the rows of G, or remove dependent ones.")
+    return passive, ~busy
 
 
 def _least_squares(E: Tensor, passive: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ class ProductSet(Set):
         parts = [s._project(block) for s, block in zip(self.sets, self._split(x), strict=True)]
         return torch.cat(parts, dim=-1) if parts else x
 
+    def _broken(self, x: Tensor) -> Tensor:
+        parts = [s._broken(block) for s, block in zip(self.sets, self._split(x), strict=True)]
+        return torch.cat(parts, dim=-1) if parts else x.isnan()
+
     def _jacobian(self, x: Tensor) -> LinearOperator:
         blocks = [s._jacobian(block) for s, block in zip(self.sets, self._split(x), strict=True)]
         return _Blocks(blocks, x)

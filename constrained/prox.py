@@ -12,6 +12,7 @@ from nestopt.linalg import LinearOperator
 
 from .arguments import check_weight, fit, need_floating, nonnegative
 from .sets import Set
+from .spoiled_items import shielded
 from .structured import DiagonalPlusLowRank
 
 __all__ = ["L1", "ElasticNet", "Huber", "Indicator", "Prox", "Separable", "SquaredL2"]
@@ -67,7 +68,7 @@ class Prox(ABC):
             TypeError: if x is not a floating tensor.
             ValueError: if a shape, dtype or device does not fit, or the step is a number that is not positive.
         """
-        return self._prox(x, self._admit("prox", x, step))
+        return self._nearest(x, self._admit("prox", x, step))
 
     def jacobian(self, x: Tensor, step: float | Tensor = 1.0) -> LinearOperator:
         """An element D of the generalised Jacobian of z -> prox(z, step) at x, as an operator cut from every graph.
@@ -108,7 +109,7 @@ class Prox(ABC):
         if not self.convex:
             raise ValueError(f"{type(self).__name__}.conjugate_prox: Moreau's identity needs a convex function.")
         step = self._admit("conjugate_prox", x, step)
-        return x - step * self._prox(x / step, 1 / step)
+        return x - step * self._nearest(x / step, 1 / step)
 
     def envelope(self, x: Tensor, step: float | Tensor = 1.0) -> Tensor:
         """The Moreau envelope, min over z of g(z) + |z - x|^2 / (2 step), of each item.
@@ -145,7 +146,7 @@ class Prox(ABC):
             ValueError: see `prox`.
         """
         step = self._admit("envelope_gradient", x, step)
-        return (x - self._prox(x, step)) / step
+        return (x - self._nearest(x, step)) / step
 
     @abstractmethod
     def _value(self, x: Tensor) -> Tensor:
@@ -158,6 +159,17 @@ class Prox(ABC):
     @abstractmethod
     def _jacobian(self, x: Tensor, step: Tensor) -> LinearOperator:
         """Its Jacobian at a detached x; the step, detached too, broadcasts to x."""
+
+    def _nearest(self, x: Tensor, step: Tensor) -> Tensor:
+        """`_prox`, of which NaN in x or the step spoils its own item alone, derivatives included."""
+        broken = self._broken(x) | step.isnan()
+        step = torch.where(step.isnan(), 1, step)
+        return shielded(lambda z: self._prox(z, step), x, broken)
+
+    def _broken(self, x: Tensor) -> Tensor:
+        """The entries of prox(x) that NaN in x spoils: here all of its item."""
+        dims = min(self.space_dims, x.ndim)
+        return x.isnan().flatten(-dims).any(-1)[(..., *(None,) * dims)].expand_as(x) if dims else x.isnan()
 
     def _minimum(self, p: Tensor) -> Tensor:
         """The value at a point that `_prox` gave."""
@@ -208,6 +220,9 @@ class Separable(Prox):
     def _need(self, method: str, x: Tensor) -> None:
         return
 
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
+
     def _value(self, x: Tensor) -> Tensor:
         return self._total(self._entries(x))
 
@@ -254,6 +269,9 @@ class Indicator(Prox):
 
     def _need(self, method: str, x: Tensor) -> None:
         return  # the set says it
+
+    def _broken(self, x: Tensor) -> Tensor:
+        return self.set._broken(x)
 
     def _value(self, x: Tensor) -> Tensor:
         outside = torch.where(self.set.contains(x), 0.0, torch.inf).to(x.dtype)

@@ -35,7 +35,7 @@ def separable_guess(program: Program) -> tuple[Tensor, Tensor]:
     return free - step, active
 
 
-def pivoting(program: Program, L: Tensor, active: Tensor | None = None, rounds: int = 30) -> tuple[Tensor, ...]:
+def pivoting(program: Program, L: Tensor, rounds: int = 30) -> tuple[Tensor, ...]:
     """Block principal pivoting on the dual of strictly convex programs.
 
     Without x and nu the conditions are the linear complementarity problem w = r + M lam >= 0, lam >= 0, lam'w = 0 with
@@ -46,7 +46,6 @@ def pivoting(program: Program, L: Tensor, active: Tensor | None = None, rounds: 
     Args:
         program: equilibrated programs.
         L: Cholesky factors of Q, shape (B, n, n); garbage where there is none.
-        active: the rows to begin with, shape (B, m); None for those that the minimiser on A x = b violates.
         rounds: limit.
 
     Returns:
@@ -74,52 +73,63 @@ def pivoting(program: Program, L: Tensor, active: Tensor | None = None, rounds: 
     scale = M.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()  # rows of M with a diagonal of ones
     M = M * (scale[:, None] * scale[..., None])
     r_in = w_free * scale
-    everyone = torch.arange(len(r), device=r.device)
-    here = everyone
-    F = r_in < 0 if active is None else active
-    lam = torch.zeros_like(r_in)
-    fewest, chances = torch.full_like(here, m + 1), torch.full_like(here, 3)
-    all_F, all_lam, ended = F, lam, torch.zeros_like(fit)
-    part, r_part, scale_part = M, r_in, scale
+    F = r_in < 0
+    here: Tensor | None = None  # the items that go on, None for all
+    fewest = torch.full_like(F[:, 0], m + 1, dtype=torch.int64)
+    chances = torch.full_like(fewest, 3)
+    part, r_part = M, r_in
     index = torch.arange(1, m + 1, device=r.device)
     for _ in range(rounds):
-        inside = F.to(r.dtype)
-        masked = part * (inside[:, None] * inside[..., None])
-        masked.diagonal(dim1=-2, dim2=-1).add_(1 - inside)
-        factor, info = torch.linalg.cholesky_ex(masked)
-        lam = torch.cholesky_solve((-r_part * inside)[..., None], factor)[..., 0]
-        w = torch.baddbmm(r_part[..., None], part, lam[..., None])[..., 0]
-        wrong = torch.where(F, lam, w) < 0
+        lam, regular = _restricted(part, r_part, F)
+        wrong = torch.where(F, lam, torch.baddbmm(r_part[..., None], part, lam[..., None])[..., 0]) < 0
         count = wrong.sum(-1)
-        regular = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) > LEAST**0.5)
-        done = (count == 0) & regular
-        undecided = (torch.maximum(lam * scale_part, (w / scale_part).abs()) <= UNDECIDED).any(-1)
-        going = regular & (count > 0)
-        if here is everyone:
-            all_F, all_lam, ended = F, lam, done & ~undecided
+        if here is None:
+            all_F, all_lam, ended = F, lam, regular & (count == 0)
         else:
             all_F, all_lam = all_F.index_put((here,), F), all_lam.index_put((here,), lam)
-            ended = ended.index_put((here,), done & ~undecided)
-        left = going.nonzero()[:, 0]
+            ended = ended.index_put((here,), regular & (count == 0))
+        left = (regular & (count > 0)).nonzero()[:, 0]
         if not len(left):
             break
-        fewer = count < fewest
-        chances = torch.where(fewer, 3, chances - 1)
+        chances = torch.where(count < fewest, 3, chances - 1)
         fewest = torch.minimum(fewest, count)
         last = (wrong * index).amax(-1, keepdim=True) == index
         F = F ^ torch.where((chances > 0)[:, None], wrong, last)
-        if len(left) < len(here):
-            here, F, part, r_part, scale_part = here[left], F[left], part[left], r_part[left], scale_part[left]
-            fewest, chances = fewest[left], chances[left]
+        if len(left) < len(F):
+            here = left if here is None else here[left]
+            F, part, r_part, fewest, chances = (t[left] for t in (F, part, r_part, fewest, chances))
+    slack = torch.baddbmm(r_in[..., None], M, all_lam[..., None])[..., 0] / scale
     lam = all_lam * scale
     y = lam
     if p:
         nu = -torch.linalg.solve_triangular(L_A.mT, U[..., :1] + U[..., 1:] @ lam[..., None], upper=True)[..., 0]
         y = torch.cat([nu, lam], -1)
     x = -torch.linalg.solve_triangular(L.mT, u + V @ y[..., None], upper=True)[..., 0]
-    fit = fit & ended & torch.isfinite(x).all(-1)
+    decided = (torch.maximum(lam, slack.abs()) > UNDECIDED).all(-1)
+    fit = fit & ended & decided & torch.isfinite(x).all(-1)
     each = fit[:, None]
     return torch.where(each, x, 0), torch.where(each, y, 0), all_F & each, fit
+
+
+def _restricted(M: Tensor, r: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """The lam with M_FF lam_F = -r_F and zero outside of F, and whether M_FF is regular; M has ones on its diagonal."""
+    m = F.shape[-1]
+    k = int(F.sum(-1).max())
+    index = None
+    inside = F
+    if m > 16 and 2 * k <= m:  # the rows of F in front, and no others
+        index = F.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :k]
+        inside, r = F.gather(-1, index), r.gather(-1, index)
+        M = M.gather(1, index[..., None].expand(-1, -1, m)).gather(2, index[:, None].expand(-1, k, -1))
+    weight = inside.to(r.dtype)
+    M = M * (weight[:, None] * weight[..., None])
+    M.diagonal(dim1=-2, dim2=-1).add_(1 - weight)
+    factor, info = torch.linalg.cholesky_ex(M)
+    lam = torch.cholesky_solve((r * -weight)[..., None], factor)[..., 0]
+    regular = info == 0
+    if k:
+        regular = regular & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) > LEAST**0.5)
+    return (lam if index is None else r.new_zeros(len(r), m).scatter(-1, index, lam)), regular
 
 
 def _regular(factor: Tensor, matrix: Tensor, info: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ class QPLayer(ProgramLayer):
     """A layer whose output solves min x'Qx/2 + q'x, A x = b, G x <= h; what it holds is learnt or constant.
 
     Data and options that the layer holds are parameters (an nn.Parameter stays one, and is learnt), buffers (any other
-    tensor is a constant) or plain values; the others are inputs of `forward`. A Q that is to be learnt is safest as L, with `square_root=True`:
-    Q = L L' + 1e-6 I is then always positive definite. `state_dict` holds parameters and buffers only.
+    tensor is a constant) or plain values; the others are inputs of `forward`. A Q that is to be learnt is safest as L,
+    with `square_root=True`: Q = L L' + 1e-6 I is then always positive definite. `state_dict` holds parameters and
+    buffers only.
 
     Args:
         Q: shape (*batch, n, n), or None for an input; with square_root its factor L, shape (*batch, n, k).
@@ -37,10 +38,10 @@ class QPLayer(ProgramLayer):
         >>> import torch
         >>> from nestopt import constrained
         >>> layer = constrained.QPLayer(Q=torch.eye(2), G=torch.nn.Parameter(torch.eye(2)), h=torch.ones(2))
-        >>> z = layer(q=torch.tensor([[-2.0, 0.5], [0.0, -3.0]]))
+        >>> z = layer(q=torch.tensor([[-2.0, 0.5], [-0.2, -3.0]]))
         >>> z.x.detach()
         tensor([[ 1.0000, -0.5000],
-                [ 0.0000,  1.0000]])
+                [ 0.2000,  1.0000]])
         >>> z.x.sum().backward()
         >>> layer.G.grad.shape
         torch.Size([2, 2])

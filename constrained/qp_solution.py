@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nestopt.linalg.result import Status
 
-from .active_set import ActiveSystem, polish
+from .active_set import NOTHING, ActiveSystem, corrected, polish
 from .interior_point import InteriorPoint, Program, Scaling, amax, product
 from .qp_fast_paths import pivoting, separable_guess
 
@@ -23,6 +24,9 @@ WEAK = 1e-7
 
 # (program, tolerance, max_iter) -> x, duals, iterations: who finds a first solution
 Solver = Callable[[Program, float, int], tuple[Tensor, Tensor, Tensor]]
+# x, duals, KKT residual, steps and active systems of equilibrated programs, given the Cholesky factors of Q as well
+Found = tuple[Tensor, Tensor, Tensor, Tensor, ActiveSystem | None]
+Attempt = Callable[[Program, Tensor], Found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +65,16 @@ class Solved:
         scale = torch.cat([self.scaling.columns, self.scaling.rows], -1)
         return (*system.parts(), scale, self.codes)
 
-    def central(self, mu: float) -> Tensor:
-        """(x, duals) of the point of the central path lam s = mu in the program's own units, shape (B, n + p + m)."""
+    def central(self, mu: float) -> tuple[Tensor, Tensor]:
+        """The point of the central path lam s = mu.
+
+        Args:
+            mu: in the program's own units.
+
+        Returns:
+            (x, duals) in the program's own units, shape (B, n + p + m), and the items where there is no such point, or
+            where it has no derivative, shape (B,).
+        """
         P, scale = self.scaled, self.scaling
         useless = self.x.isnan().any(-1, keepdim=True)
         x, y = torch.where(useless, 0, self.x) / scale.x, torch.where(useless, 0, self.y) / scale.y
@@ -75,23 +87,27 @@ class Solved:
         lam = torch.where(lead > 0, larger, target / larger)
         start = (x, torch.cat([y[:, :p], lam], -1), target / lam)
         state = InteriorPoint(P, target=target).solve(1e-11, 100, start)
-        return torch.cat([state.x * scale.x, state.y * scale.y], -1)
+        # K of the point, [[Q, C'], [C, -s/lam]]: singular for dependent equalities, say
+        share = torch.nn.functional.pad(state.s / state.y[:, p:], (p, 0))
+        rows = (1 + share).rsqrt()
+        C = P.C * rows[..., None]
+        K = torch.cat([torch.cat([P.Q, C.mT], -1), torch.cat([C, torch.diag_embed(-share * rows.square())], -1)], 1)
+        pivots = torch.linalg.lu_factor_ex(K)[0].diagonal(dim1=-2, dim2=-1).abs()
+        fit = (state.codes == Status.CONVERGED.code) & ~useless[:, 0] & ~(pivots <= NOTHING).any(-1)
+        return torch.cat([state.x * scale.x, state.y * scale.y], -1), ~fit
 
 
-def interior_point(
-    program: Program, tolerance: float, max_iter: int, enough: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def interior_point(program: Program, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """The library's own solver."""
     method = InteriorPoint(program, floor=0.1 * tolerance / max(program.m, 1))
-    state = method.solve(tolerance, max_iter, enough=enough)
+    state = method.solve(tolerance, max_iter)
     return state.x, state.y, state.iterations
 
 
 def interior_point_float32(program: Program, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in float32, for a loose tolerance at half the cost."""
     narrow = Program(program.Q.float(), program.q.float(), program.C.float(), program.d.float(), program.p)
-    # the last few items take as many steps as all others: polishing ends most of them
-    x, y, steps = interior_point(narrow, tolerance, max_iter, enough=0.9)
+    x, y, steps = interior_point(narrow, tolerance, max_iter)
     x, y = (torch.where(torch.isfinite(t), t, 0).to(program.q.dtype) for t in (x, y))
     return x, y, steps
 
@@ -137,38 +153,30 @@ def solve_programs(
             active = _seems_active(scaled, x, y)
         x, y, error, system = polish(scaled, x, y, active)
         left = error > rtol
-    elif solver is None and m <= scaled.q.shape[-1]:
-        found_x, found_y, active, fit = pivoting(scaled, L)
-        if bool(fit.any()):  # the others pass through, and are solved below
-            x, y, error, system = polish(scaled, found_x, found_y, active, fit)
-            left = ~fit | (error > rtol)
-            error = torch.where(fit, error, torch.inf)
-    if m and (left is None or bool(left.any())):
-        rows = None if left is None or bool(left.all()) else left.nonzero()[:, 0]
-        part = scaled if rows is None else scaled.take(rows)
-        # loosely first: the polished solution of the right active rows is exact; more is for the items that need it
-        for loosely, tolerance in ((True, 1e-3), (False, 1e-6), (False, min(rtol, 1e-9))):
-            if loosely and solver is not None:
-                continue
-            finder = interior_point_float32 if loosely else (solver or interior_point)
-            found_x, found_y, steps = finder(part, tolerance, min(max_iter, 25) if loosely else max_iter)
-            found_x, found_y, found_error, found_system = polish(
-                part, found_x, found_y, _seems_active(part, found_x, found_y)
-            )
-            if rows is None:
-                x, y, error, iterations, system = found_x, found_y, found_error, steps, found_system
-            else:
-                better = found_error < error[rows]
-                x, y, error = (
-                    old.index_put((rows[better],), new[better])
-                    for old, new in ((x, found_x), (y, found_y), (error, found_error))
-                )
-                iterations = iterations.index_add(0, rows, steps)
-            left = error > rtol
-            if not bool(left.any()):
-                break
+    attempts: list[Attempt] = []
+    if solver is None and m <= 2 * scaled.q.shape[-1]:
+        attempts.append(_pivoted)
+    # loosely first: the polished solution of the right active rows is exact; more is for the items that need it
+    if solver is None:
+        attempts.append(partial(_polished, interior_point_float32, 1e-3, min(max_iter, 25)))
+    for tolerance in (1e-6, min(rtol, 1e-9)):
+        attempts.append(partial(_polished, solver or interior_point, tolerance, max_iter))
+    for attempt in attempts if m and B else ():
+        if left is not None and not bool(left.any()):
+            break
+        if left is None or (system is None and bool(left.all())):
+            x, y, error, steps, system = attempt(scaled, L)
+            iterations = iterations + steps
+        else:
             rows = left.nonzero()[:, 0]
-            part = scaled.take(rows)
+            found_x, found_y, found_error, steps, _ = attempt(scaled.take(rows), L[rows])
+            better = found_error < error[rows]
+            x, y, error = (
+                old.index_put((rows[better],), new[better])
+                for old, new in ((x, found_x), (y, found_y), (error, found_error))
+            )
+            iterations = iterations.index_add(0, rows, steps)
+        left = ~(error <= rtol) & (codes == 0)
     outcome = torch.where(error <= rtol, Status.CONVERGED.code, Status.STAGNATED.code)
     outcome = torch.where((error > rtol) & (iterations >= max_iter), Status.MAX_ITER.code, outcome)
     open_items = (error > rtol) & (codes == 0)
@@ -188,6 +196,25 @@ def solve_programs(
         iterations=iterations, error=torch.where(useless, torch.nan, error), strong=strong & ~bad, weak=weak & ~bad,
         scaled=scaled, scaling=scaling, system=system,
     )  # fmt: skip
+
+
+def _pivoted(part: Program, L: Tensor) -> Found:
+    """By pivoting; what it has not solved has the error inf."""
+    x, y, active, fit = pivoting(part, L)
+    error = torch.full_like(x[:, 0], torch.inf)
+    steps = torch.zeros_like(fit, dtype=torch.int64)
+    if not bool(fit.any()):
+        return x, y, error, steps, None
+    system = ActiveSystem.of(part, active)
+    x, _, y, reached = corrected(part, system, x, y)
+    return x, y, torch.where(fit, reached, error), steps, system
+
+
+def _polished(finder: Solver, tolerance: float, max_iter: int, part: Program, L: Tensor) -> Found:
+    """By a solver whose active rows are then tried."""
+    x, y, steps = finder(part, tolerance, max_iter)
+    x, y, error, system = polish(part, x, y, _seems_active(part, x, y))
+    return x, y, error, steps, system
 
 
 def _seems_active(P: Program, x: Tensor, y: Tensor) -> Tensor:
@@ -264,14 +291,16 @@ def _certify(program: Program) -> Tensor:
     _, y = _linear(Program(torch.zeros_like(eye), eye[:, n], C, d, 0))
     y = torch.cat([y[:, :p] - y[:, p : 2 * p], y[:, 2 * p : -1].clamp_min(0)], -1)
     farkas = -(program.d * y).sum(-1)
-    infeasible = (farkas > 1e-8) & (amax(product(program.C.mT, y).abs()) <= 1e-7 * farkas)
+    sizes = (program.d * y).abs().sum(-1).clamp_min(1)
+    infeasible = (farkas > 1e-8 * sizes) & (amax(product(program.C.mT, y).abs()) <= 1e-7 * farkas)
     eye = eye[:, :n, :n]
     C = torch.cat([program.Q, A, G, eye, -eye], 1)
     d = torch.cat([A.new_zeros(B, n + p + m), A.new_ones(B, 2 * n)], -1)
     x, _ = _linear(Program(torch.zeros_like(eye), program.q, C, d, n + p))
     leak = torch.cat([product(C[:, : n + p], x).abs(), product(G, x)], -1)
     fall = -(program.q * x).sum(-1)
-    unbounded = (fall > 1e-8) & (amax(leak) <= 1e-7 * fall)
+    sizes = (program.q * x).abs().sum(-1).clamp_min(1)
+    unbounded = (fall > 1e-8 * sizes) & (amax(leak) <= 1e-7 * fall)
     codes = torch.where(unbounded, Status.UNBOUNDED.code, 0)
     return torch.where(infeasible, Status.INFEASIBLE.code, codes)
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from nestopt.implicit.monitor import Monitor, OnFailure, Record, check_on_failure
-from nestopt.implicit.transforms import forward_mode, tracked, transformed
-from nestopt.linalg.result import Result, check_stopping, scalar_or_tensor
+from nestopt.implicit.transforms import forward_mode, tracked, transformed, untraced
+from nestopt.linalg.result import Result, Status, check_stopping, scalar_or_tensor
 
 from .interior_point import Program, broadcast_shapes
 from .qp_backends import Backend
+from .qp_compiled import fits_in_graph, solve_in_graph
 from .qp_derivative import Factors, Policy, attach, value_of
 from .qp_smoothed import attach_smoothed
 from .qp_solution import solve_programs
@@ -87,20 +88,26 @@ def solve_qp(
     broadcast, each item is a program of its own, and the gradient of what items share is the sum over them. With
     L = x'Qx/2 + q'x + nu'(A x - b) + lam'(G x - h), lam >= 0, the duals returned are nu and lam.
 
-    The programs are equilibrated and solved together by Mehrotra's predictor-corrector interior-point method, whose
-    steps all items take in step. The active rows that it finds are then tried: the KKT system
-    K = [[Q, C'], [C, 0]], C = A and the active rows of G, is solved by LU with refinement, rows with a negative dual
-    leave and violated rows enter, for a few rounds, and the solution is exact to rounding once the rows are right.
-    The interior-point method runs first in float32 and loosely, until nine items in ten are near, and again in float64
-    and to 1e-6, then to rtol, for those items alone whose polished solution does not pass. Without inequalities, and
-    mostly with bounds only, no interior-point step is taken. Everything else is float64, whatever the data are.
+    The programs are equilibrated. Strictly convex ones with m <= 2n (m counts bounds on both sides) are solved first by
+    block principal pivoting on their dual, which ends at the active rows within a few Cholesky factorisations. For the
+    items that it leaves (a singular Q, dependent rows, weakly active rows, more inequalities) Mehrotra's
+    predictor-corrector interior-point method runs, all items in step: in float32 and to 1e-3, then in float64 and to
+    1e-6, then to rtol, each only for the items whose polished solution does not pass. Polishing tries the active rows:
+    the KKT system K = [[Q, C'], [C, 0]], C = A and the active rows of G, is solved by LU with refinement, rows with a
+    negative dual leave and violated rows enter, for a few rounds, and the solution is exact to rounding once the rows
+    are right. With bounds only, a warm start, or no inequalities it comes first. Everything but the first interior
+    point is float64, whatever the data are. An item's path does not depend on the others of its batch; its numbers do
+    not either, but for rounding (matrices are padded to the batch's largest count of active rows).
 
     CONVERGED means that the relative KKT residual at x is at most rtol: the largest, in the equilibrated program, of
     |Qx + q + A'nu + G'lam| / max(|Qx|, |A'nu + G'lam|, 1), |Ax - b| and (Gx - h)_+ relative to the row's right-hand
-    side or 1, |lam'(Gx - h)| / max(|value|, 1), and (-lam)_+. INFEASIBLE and UNBOUNDED are said on the strength of a
-    certificate (Farkas' multipliers; a direction of recession), to 1e-9 relative to its norm. Then, and for an
-    indefinite Q (NOT_CONVEX) and for NaN in the data (NON_FINITE), the item's numbers are NaN. Duplicated rows are
-    no fault; the duals are then those of minimum norm in the equilibrated program where these are >= 0.
+    side or 1, |lam'(Gx - h)| / max(|value|, 1), and (-lam)_+. INFEASIBLE and UNBOUNDED are said of other items, on the
+    strength of a certificate that a linear program finds in the equilibrated data: multipliers, |nu|_1 + |lam|_1 = 1
+    and lam >= 0, with f = -(b'nu + h'lam) > 0 and |A'nu + G'lam| <= 1e-7 f, so that no x with |x|_1 < 1e7 is feasible;
+    or a direction, |v| <= 1, with f = -q'v > 0 and |Qv|, |Av| and (Gv)_+ all at most 1e-7 f; f itself is at least 1e-8
+    of what it is summed from, or of 1. Then, and for an indefinite Q (NOT_CONVEX) and for NaN in the data (NON_FINITE),
+    the item's numbers are NaN. Duplicated rows are no fault; the duals are then those of minimum norm in the
+    equilibrated program where these are >= 0.
 
     Derivatives. With active rows fixed the solution is K^{-1} (-q, b, h): a backward pass with v = (v_x, v_nu, v_lam)
     solves K w = v with the factors at hand and returns dq = -w_x, dQ = -(w_x x' + x w_x')/2, db = w_nu,
@@ -116,10 +123,16 @@ def solve_qp(
     - "smoothed": that of the point of the central path with lam_i (h - Gx)_i = smoothing, at every t:
       dx/dt = (1 - t/sqrt(t^2 + 4 smoothing))/2. The solution itself stays exact.
 
-    Under torch.compile the call is a graph break and runs as it is. The gradient with respect to `warm_start` is zero.
+    Under torch.compile the call stays in the graph as one opaque operator, and its first derivative as another; second
+    derivatives through a compiled graph are torch's to refuse. What the result has as Python numbers (`iterations`,
+    `error`, ... of a single program) are 0-d tensors there. A `backend`, a `warm_start`, a `monitor`, "smoothed" and
+    torch.func's transforms make it a graph break, in which it runs as it is. The factors for the derivative take the
+    memory of those with all rows active. The gradient with respect to `warm_start` is zero.
 
-    Cost: an interior-point step forms and factorises an n x n matrix, m n^2 + n^3/3 + p n^2 operations, about 10 steps;
-    each round of polishing factorises K of order n + p + (active rows); a derivative solves with those factors.
+    Cost: pivoting factorises Q and forms G H G', n^3/3 + (m + p) n^2 + m^2 n operations, and each of its rounds, about
+    5, a matrix of the order of the active rows; an interior-point step forms and factorises an n x n matrix,
+    m n^2 + n^3/3 + p n^2, about 10 steps; each round of polishing, mostly one, factorises K of order
+    n + p + (active rows); a derivative solves with those factors.
 
     Args:
         Q: positive semidefinite, float32 or float64; -1e-9 of its largest entry (equilibrated) is taken for rounding.
@@ -135,7 +148,8 @@ def solve_qp(
         degenerate: the derivative at weakly active rows, see above.
         smoothing: mu of "smoothed", in units of the objective: derivatives bend over a distance of 2 sqrt(smoothing).
         rtol: of the certificate; None for 1e-9 in float64 and 1e-5 in float32.
-        max_iter: limit of interior-point steps; 8 to 15 are usual.
+        max_iter: limit of interior-point steps; 8 to 15 are usual, none where pivoting found the rows (`iterations`
+            counts these steps).
         warm_start: the result of a program nearby, of the same shapes: where its active rows are still the right ones
             no interior-point step is taken.
         on_failure: what a derivative does at an item that has not CONVERGED, or whose own linear solve fails: "raise"
@@ -151,8 +165,8 @@ def solve_qp(
         ValueError: for shapes that do not fit, or options that mean nothing.
 
     Reference:
-        Mehrotra 1992, "On the implementation of a primal-dual interior point method"; Amos & Kolter 2017, "OptNet";
-        Bergounioux, Ito & Kunisch 1999 (primal-dual active sets).
+        Judice & Pires 1994 (block principal pivoting); Mehrotra 1992, "On the implementation of a primal-dual interior
+        point method"; Amos & Kolter 2017, "OptNet"; Bergounioux, Ito & Kunisch 1999 (primal-dual active sets).
 
     Example:
         >>> import torch
@@ -165,8 +179,9 @@ def solve_qp(
         >>> q.grad
         tensor([-0.2000,  0.2000])
     """
-    if torch.compiler.is_compiling():  # data-dependent shapes and certificates: one clean graph break
-        return torch.compiler.disable(solve_qp)(  # type: ignore[no-any-return, no-untyped-call]
+    tracing = torch.compiler.is_compiling()
+    if tracing and not fits_in_graph(degenerate, backend, warm_start, monitor):
+        return _solve_qp_untraced(
             Q, q, A, b, G, h, low=low, high=high, backend=backend, degenerate=degenerate, smoothing=smoothing,
             rtol=rtol, max_iter=max_iter, warm_start=warm_start, on_failure=on_failure, monitor=monitor,
         )  # fmt: skip
@@ -183,15 +198,22 @@ def solve_qp(
                                    *(t.shape[:-1] for t in (b, h) if t is not None))  # fmt: skip
     p, m = 0 if b is None else b.shape[-1], 0 if h is None else h.shape[-1]
     warm = _warm(warm_start, batch, n, p, m, m_rows)
-    differentiated = any(tracked(t, mapped=False) for t in data) and (
-        torch.is_grad_enabled() or transformed() or forward_mode()
+    differentiated = (
+        not tracing
+        and any(tracked(t, mapped=False) for t in data)
+        and (torch.is_grad_enabled() or transformed() or forward_mode())
     )
     rtol = (1e-9 if q.dtype == torch.float64 else 1e-5) if rtol is None else rtol
     bounds_only = m_rows == p == 0 and backend is None
     options = _Options(rtol, max_iter, backend, degenerate if differentiated else None, smoothing, bounds_only, monitor)
-    with torch.no_grad():
-        inputs = (options, Q, q, A, b, G, h, *warm)
-        found = _Solution.apply(*inputs) if transformed() or forward_mode() else _solve(*inputs)  # type: ignore[no-untyped-call]
+    if tracing:
+        found: tuple[Tensor, ...] = solve_in_graph(
+            (Q, q, A, b, G, h), rtol, max_iter, degenerate, bounds_only, on_failure
+        )
+    else:
+        with torch.no_grad():
+            inputs = (options, Q, q, A, b, G, h, *warm)
+            found = _Solution.apply(*inputs) if transformed() or forward_mode() else _solve(*inputs)  # type: ignore[no-untyped-call]
     w, value, codes, iterations, error, weak, deficient, *rest = found
     if differentiated:
         policy = Policy(n, p, m, on_failure, monitor)
@@ -202,22 +224,27 @@ def solve_qp(
         if h is not None:  # a limit of inf is no row: nothing depends on it
             r = torch.where(r == torch.inf, 0, r)
         if degenerate == "smoothed":
-            w = attach_smoothed(w, rest[0], codes, (Q, q, A, b, G, h), smoothing, on_failure, monitor)
+            w = attach_smoothed(w, rest[0], rest[1], rest[2], (Q, q, A, b, G, h), smoothing, on_failure, monitor)
         else:
             sets: list[Factors] = [(*rest[k : k + 7], codes) for k in range(0, len(rest), 7)]
             solutions = [attach(policy, w, Q, A, G, r, factors) for factors in sets]
             w = solutions[0] if len(solutions) == 1 else 0.5 * (solutions[0] + solutions[1])
         value = value_of(value, w, Q, A, G, r)
-    x, nu, lam = w.split([n, p, m], -1)
+    x, nu, lam = w[..., :n], w[..., n : n + p], w[..., n + p :]
     slack = q.new_zeros(*batch, 0) if G is None or h is None else _slack(G, h, x, m_rows)
     bound_dual = None
     if m > m_rows:
-        lam, upper, lower = lam.split([m_rows, n, n], -1)
+        lam, upper, lower = lam[..., :m_rows], lam[..., m_rows : m_rows + n], lam[..., m_rows + n :]
         bound_dual = upper - lower
+    if tracing:  # a compiled graph wants cotangents in the strides of its outputs, and they come without gaps
+        x, nu, lam = x.contiguous(), nu.contiguous(), lam.contiguous()
     return QPResult(
         x=x, codes=codes, iterations=_number(iterations), error=_number(error), equality_dual=nu, inequality_dual=lam,
         bound_dual=bound_dual, value=value, slack=slack, weakly_active=_number(weak), deficient=_number(deficient),
     )  # fmt: skip
+
+
+_solve_qp_untraced = untraced(solve_qp)
 
 
 @dataclass(frozen=True)
@@ -268,7 +295,9 @@ def _solve(options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     value = (solved.x * (0.5 * (program.Q @ solved.x[..., None])[..., 0] + program.q)).sum(-1)
     policy = options.degenerate
     if policy == "smoothed":
-        extra: tuple[Tensor, ...] = (solved.central(options.smoothing).to(dtype),)
+        central, lost = solved.central(options.smoothing)
+        worse = torch.where((solved.codes == Status.CONVERGED.code) & lost, Status.STAGNATED.code, solved.codes)
+        extra: tuple[Tensor, ...] = (central.to(dtype), worse, lost)
         deficient = torch.zeros_like(solved.codes, dtype=torch.bool)
     else:
         first = solved.factors(solved.strong | solved.weak if policy == "active" else solved.strong)
@@ -326,7 +355,7 @@ class _Solution(torch.autograd.Function):
 
 
 def _number(value: Tensor) -> Any:
-    return value if transformed() else scalar_or_tensor(value)
+    return value if transformed() or torch.compiler.is_compiling() else scalar_or_tensor(value)
 
 
 def _slack(G: Tensor, h: Tensor, x: Tensor, rows: int) -> Tensor:
@@ -368,6 +397,8 @@ def _check_data(Q: Tensor, q: Tensor, A: Tensor | None, b: Tensor | None, G: Ten
     if q.ndim < 1:
         raise ValueError(f"{OWNER}: q must have shape (*batch, n), but it is 0-d; use q[None].")
     n = q.shape[-1]
+    if not n:
+        raise ValueError(f"{OWNER}: q must have at least one variable, but it has shape {tuple(q.shape)}.")
     _check_shape("Q", Q, (n, n), "(*batch, n, n)", f"n = {n} of q")
     for row, limit, names in ((A, b, ("A", "b")), (G, h, ("G", "h"))):
         if (row is None) != (limit is None):

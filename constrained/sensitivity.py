@@ -17,8 +17,9 @@ from nestopt.implicit.monitor import OnFailure, check_on_failure, report
 from nestopt.linalg import LinearSolver, Result, Status
 from nestopt.linalg.result import scalar_or_tensor
 
-from .kkt import MinimumNorm, envelope, refine, spoil
+from .kkt import MinimumNorm, envelope, refine
 from .problem import KKT, Problem, Rows
+from .spoiled_items import spoil
 from .value_only import opaque
 
 __all__ = ["Degenerate", "ProblemSolution", "solution"]

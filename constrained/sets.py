@@ -17,6 +17,7 @@ from nestopt.linalg import LinearOperator
 from nestopt.linalg.tree import leaf_paths, named_tree
 
 from .arguments import fit, need_floating
+from .spoiled_items import shielded
 from .structured import DiagonalPlusLowRank
 from .value_only import check_every
 
@@ -62,7 +63,7 @@ class Set(ABC):
             ValueError: if its shape, dtype or device does not fit the set.
         """
         self._check(x, "project")
-        return self._project(x)
+        return shielded(self._project, x, self._broken(x))
 
     def distance(self, x: Tensor) -> Tensor:
         """|x - P(x)|, for each item of the batch, differentiable outside the set; NaN is far from every set.
@@ -131,6 +132,13 @@ class Set(ABC):
     @abstractmethod
     def _project(self, x: Tensor) -> Tensor:
         """The projection of a floating tensor."""
+
+    def _broken(self, x: Tensor) -> Tensor:
+        """The entries of P(x) that NaN in x spoils: here all of its item."""
+        if x.ndim < self.space_dims:
+            return x.isnan()  # `_project` refuses it
+        item = x.isnan().flatten(-self.space_dims).any(-1)
+        return item[(..., *(None,) * self.space_dims)].expand_as(x)
 
     def _jacobian(self, x: Tensor) -> LinearOperator:
         """The generalised Jacobian at a detached x: here by automatic differentiation of `_project`."""
@@ -219,6 +227,9 @@ class WholeSpace(Set):
     def _project(self, x: Tensor) -> Tensor:
         return x
 
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
+
     def _jacobian(self, x: Tensor) -> LinearOperator:
         return DiagonalPlusLowRank(torch.ones_like(x))
 
@@ -265,6 +276,9 @@ class Box(Set):
 
     def _project(self, x: Tensor) -> Tensor:
         return clamp(x, *self._bounds(x))
+
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
 
     def _jacobian(self, x: Tensor) -> LinearOperator:
         low, high = self._bounds(x)

@@ -228,7 +228,8 @@ class _Replaced(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, y_dot: Tensor | None, usable_dot: Tensor | None, z_dot: Tensor) -> Tensor:
-        return _blanked(alive(ctx.saved_tensors)[0], z_dot)
+        with within_jvp(ctx, [z_dot]) as (usable,):
+            return _blanked(usable, z_dot)
 
 
 def _blanked(usable: Tensor, v: Tensor) -> Tensor:

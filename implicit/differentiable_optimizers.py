@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestopt.linalg.tree import leaf_paths
 
-__all__ = ["DifferentiableOptimizer", "spread"]
+__all__ = ["DifferentiableOptimizer", "check_hyper", "is_zero", "spread", "zeros_like"]
 
 
 class DifferentiableOptimizer(ABC):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from nestopt.linalg.isolation import RandomState, isolated
+from nestopt.linalg.normalization import PlainNormalization
 from nestopt.linalg.tree import Ravel
 
 from .anderson import Anderson
@@ -160,7 +161,7 @@ class DEQ(nn.Module):
         random = RandomState.now(leaves[0].device) if self._masks() else None
 
         def image(*parts: Tensor) -> tuple[Tensor, ...]:
-            with isolated():
+            with isolated(), PlainNormalization():  # the penalty is differentiated, and may be vmapped before
                 tree = optree.tree_unflatten(treespec, list(parts))
                 value = random.run(lambda: self.cell(tree, *inputs)) if random else self.cell(tree, *inputs)
             return tuple(optree.tree_leaves(value))

@@ -14,7 +14,7 @@ from nestopt.linalg.tridiagonal import eigenpairs, random_start, tridiagonalise
 from .line_search import MEMORY, nonmonotone_search, spectral_size
 from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
-__all__ = ["FOSI", "FOSIState"]
+__all__ = ["FOSI", "FOSIState", "ritz_pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from nestopt.linalg.autodiff import reached_leaves
 from nestopt.linalg.guard import closure_tensors, describe_captured
 from nestopt.linalg.isolation import RandomState
+from nestopt.linalg.normalization import PlainNormalization
 
 from .differentiable_optimizers import DifferentiableOptimizer
-from .normalization import PlainNormalization
 from .recomputation import recomputed
 from .transforms import first_item, tracked, transformed
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nestopt.linalg import LinearOperator
 from nestopt.linalg.autodiff import Blocks
 from nestopt.linalg.guard import unbatchable
+from nestopt.linalg.normalization import WrittenOut
 
 __all__ = ["SystemJacobian"]
 
@@ -30,6 +31,7 @@ class SystemJacobian(LinearOperator):
         theta: tensors.
         live: which of them become leaves of the graph.
         symmetric: promise that A is, as a Hessian is.
+        written_out: what is known of the function's normalisations; None for nothing yet.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class SystemJacobian(LinearOperator):
         live: Sequence[bool],
         *,
         symmetric: bool,
+        written_out: WrittenOut | None = None,
     ) -> None:
         super().__init__((*y.shape, y.shape[-1]), y.dtype, y.device, symmetric=symmetric)
         self.y = y.detach().requires_grad_()
         self.theta = [t.detach().requires_grad_(flag) for t, flag in zip(theta, live, strict=True)]
         with torch.enable_grad():
-            self.residual_vector = function(self.y, *self.theta)
+            self.residual_vector = (written_out or WrittenOut()).evaluate(function, self.y, *self.theta)
         self._dual: tuple[Tensor, Tensor] | None = None
         self._blocks = Blocks(max(1, _BLOCK // max(1, y.numel())), unbatchable([self.residual_vector]))
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Oracle", "decide", "optimal_value", "regret"]
+__all__ = ["Oracle", "check_costs", "check_pair", "decide", "optimal_value", "regret"]
 
 Oracle: TypeAlias = Callable[[Tensor], Tensor]
 

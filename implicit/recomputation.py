@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .pullback import pull
-from .transforms import alive, within_jvp
+from .transforms import alive, recording, within_jvp
 
 __all__ = ["recomputed"]
 
@@ -65,7 +65,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         tensors = alive(ctx.saved_tensors)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        pulled = pull(_restricted(ctx, tensors, wanted), [tensors[i] for i in wanted], cotangents[: ctx.live])
+        with recording([*tensors, *cotangents]):
+            pulled = pull(_restricted(ctx, tensors, wanted), [tensors[i] for i in wanted], cotangents[: ctx.live])
         gradients: list[Tensor | None] = [None] * len(tensors)
         for i, value in zip(wanted, pulled, strict=True):
             gradients[i] = value

@@ -15,7 +15,7 @@ from nestopt.linalg import CG, LinearOperator, Status
 from .line_search import leave_saddle, search
 from .minimizer import Minimizer, MinimizerState, Objective, Point, first_length, stuck
 
-__all__ = ["ShiftedNewton", "ShiftedNewtonState"]
+__all__ = ["Eigenpairs", "ShiftedNewton", "ShiftedNewtonState"]
 
 
 class Eigenpairs(NamedTuple):

@@ -51,8 +51,9 @@ def spo_plus(
         (tensor(2.5000, grad_fn=<SumBackward1>), tensor([-2.,  2.]))
     """
     check_pair("spo_plus", predicted, costs)
-    best = decide(oracle, costs) if solution is None else solution.detach()
+    best = decide(oracle, costs) if solution is None else solution
     check_pair("spo_plus", best, costs, ("solution", "costs"))
+    best = best.detach()
     mixed = 2 * predicted - costs
     # w(2 c_hat - c) is constant around almost every point: autograd's derivative of this is the subgradient
     gap = (mixed * (best - decide(oracle, mixed))).sum(-1)

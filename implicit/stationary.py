@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from nestopt.linalg import LinearSolver
+from nestopt.linalg.faults import stem_of
+from nestopt.linalg.guard import graph_nodes, probe, refusal
+from nestopt.linalg.normalization import WRITTEN_OUT
 
 from .attach import attach_derivative
 from .backward_pass import BackwardPass
@@ -63,7 +66,8 @@ def argmin(
         y, in its structure, dtype and device, attached to the graph of theta.
 
     Raises:
-        TypeError: if objective does not return a floating tensor; see also `root`.
+        TypeError: if objective does not return a floating tensor, or (UndifferentiableError) an operation of it has no
+            second derivative; see also `root`.
         ValueError: if it does not return a scalar (an item); see also `root`.
         SolverError: see `root`.
 
@@ -85,7 +89,18 @@ def argmin(
 
 
 def _residual(border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:
-    return gradient_of(lambda v: total_value(border, border.call(v, theta)), vector)
+    def total(v: Tensor) -> Tensor:
+        value = total_value(border, border.call(v, theta))
+        # where the graph is the objective's alone, as when y is certified
+        if not transformed() and all(tensor.grad_fn is None for tensor in (vector, *theta)):
+            # A and B hold second derivatives, and what has none may say zero; normalisations are written out by System
+            nodes = (node for node in graph_nodes([value]) if stem_of(node.name()) not in WRITTEN_OUT)
+            found = probe(nodes)
+            if found is not None:
+                raise refusal(border.equation.owner, *found, lambda: border.call(v, theta))
+        return value
+
+    return gradient_of(total, vector)
 
 
 _EQUATION = Equation("implicit.argmin", "a stationary point", "objective", _residual)

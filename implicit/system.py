@@ -14,6 +14,7 @@ from nestopt.linalg import Solution
 from nestopt.linalg.autodiff import reached_leaves
 from nestopt.linalg.dense import Factored
 from nestopt.linalg.guard import closure_tensors, describe_captured
+from nestopt.linalg.normalization import WrittenOut
 from nestopt.linalg.nystrom import SketchedInverse
 from nestopt.linalg.result import Result, Status, all_finite, scalar_or_tensor
 
@@ -31,7 +32,9 @@ class _Point:
     """The Jacobian at one point, the solver prepared for it, and the tensors that the point consists of."""
 
     def __init__(self, system: System, y: Tensor, theta: Sequence[Tensor]) -> None:
-        self.jacobian = SystemJacobian(system.residual, y, theta, system.live, symmetric=system.options.symmetric)
+        self.jacobian = SystemJacobian(
+            system.evaluated, y, theta, system.live, symmetric=system.options.symmetric, written_out=system.written_out
+        )
         self.tensors = [tensor.detach() for tensor in (y, *theta)]
         self._prepare = partial(system.options.prepare, is_map=system.border.equation.is_map)
         self._unbilled = 0
@@ -82,6 +85,7 @@ class System:
         options: of the call.
         live: which tensors of theta may be differentiated.
         differentiated: whether any derivative may be asked for.
+        written_out: whether the function's normalisations are.
     """
 
     border: Border
@@ -90,17 +94,26 @@ class System:
     options: Options
     live: list[bool]
     differentiated: bool
+    written_out: WrittenOut = field(default_factory=WrittenOut)  # one object, whatever is mapped
     _point: _Point | None = field(default=None, init=False)
     _vmapped: dict[Any, System] = field(default_factory=dict, init=False)
 
     @property
-    def residual(self) -> Callable[..., Tensor]:
+    def evaluated(self) -> Callable[..., Tensor]:
         """The function; where failed items are NaN, they are evaluated at a good item's y.
 
         Then nothing but their own cotangent makes their part of a derivative NaN: one of zero adds zero to what the
         items share.
         """
         return partial(_at_finite_points, self.function) if self.options.on_failure == "nan" else self.function
+
+    @property
+    def residual(self) -> Callable[..., Tensor]:
+        """The same for derivatives of any order, in every transform: with what torch gets wrong written out.
+
+        Whether that is needed is known once y is certified.
+        """
+        return self.written_out.guarded(self.evaluated)
 
     def vmapped(self, mapped: tuple[bool, ...], randomness: str) -> System:
         """The system of one more dimension of systems, in front, over which y and the `mapped` tensors of theta run."""

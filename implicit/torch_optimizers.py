@@ -74,8 +74,13 @@ def from_torch(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[Dif
         return SGD(**hypers), SGDState(kept("momentum_buffer"))
     hypers = {key: column(key) for key in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
     beta1, beta2 = ({name: beta[i] for name, beta in column("betas").items()} for i in range(2))
-    decoupled = any(group.get("decoupled_weight_decay") for group in groups.values())
-    adam = (AdamW if decoupled else Adam)(**hypers, betas=(beta1, beta2), eps_root=0.0)
+    decoupled = {bool(group.get("decoupled_weight_decay")) for group in groups.values()}
+    if len(decoupled) > 1:
+        raise ValueError(
+            "from_torch: decoupled_weight_decay must be the same in every parameter group of the optimizer, but it is "
+            "True in some and False in others; use AdamW with weight_decay=0 where none is wanted."
+        )
+    adam = (AdamW if True in decoupled else Adam)(**hypers, betas=(beta1, beta2), eps_root=0.0)
     fresh = adam.init({name: parameters[name] for name in trainable})
 
     def filled(key: str, default: dict[str, Any]) -> dict[str, Any]:

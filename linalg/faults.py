@@ -102,6 +102,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("cuDNN's recurrent layer", ("cudnnrnn",), _RECURRENT),
     Fault("reentrant activation checkpointing", ("checkpointfunction",), _CHECKPOINT),
     Fault("a function compiled by torch.compile", ("compiledfunction",), _COMPILED),
+    Fault(
+        "F.linear_cross_entropy in chunks",
+        ("generatedbackwardfortorchnnlinearcrossentropybatchchunkeddefault",),
+        "leave its options out",
+    ),
     # torch takes the saved norms for constants: the product is wrong by tens of per cent
     Fault(
         "weight_norm",

@@ -194,3 +194,23 @@ def test_identical_twice_and_pinned():
     case = quadratic(5, 3)
     values = [bilevel.hypergradient(case.problem, case.x0, case.lower_solution(case.x0)).value for _ in range(2)]
     assert torch.equal(*values)
+
+
+def test_the_certificate_sees_third_derivatives_of_a_normalised_lower_level(generator):
+    """torch has wrong ones, without a word: the constants are those of the same layer written by hand."""
+    x, y = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def by_hand(z):
+        z = z - z.mean(-1, keepdim=True)
+        return z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    found = []
+    for norm in (by_hand, lambda z: torch.nn.functional.layer_norm(z, (4,))):
+
+        def lower(x, y, norm=norm):
+            return (y - x).square().sum() * 20 + (norm(y + x) * x).sum().sin()
+
+        problem = bilevel.Problem(lambda x, y: (x + y).square().sum(), lower)
+        found.append(bilevel.hypergradient(problem, x, y).constants)
+    for name in ("strong_convexity", "cross", "upper_lower", "lower_lower"):
+        assert getattr(found[1], name) == pytest.approx(getattr(found[0], name), rel=1e-6), name

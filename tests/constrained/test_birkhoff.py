@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from nestopt.constrained import Birkhoff
+from nestopt.implicit import ImplicitWarning
 
 
 def matrices(n: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, points: int = 4) -> Tensor:
@@ -75,6 +76,24 @@ def test_forbidden_entries() -> None:
     assert P[0, 1] == P[1, 2] == 0
     assert torch.allclose(P.sum(-1), torch.ones(3, dtype=torch.float64))
     assert torch.allclose(Birkhoff().project(X.clamp_min(-1e6)), P, atol=1e-9)
+
+
+def test_an_item_without_a_projection_is_nan_and_changes_no_other() -> None:
+    X = matrices(3, points=3)
+    bad, want = X.clone(), Birkhoff().project(X)
+    for row in (torch.tensor([math.inf, 0.0, 0.0]), torch.full((3,), -math.inf)):
+        bad[1, 0] = row
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        with pytest.warns(ImplicitWarning, match="Birkhoff: 1 of 3 items"):
+            P = Birkhoff().project(torch.where(bad.isinf(), bad, X * scale))
+        assert P.isnan().all(-1).all(-1).tolist() == [False, True, False]
+        assert torch.equal(P[[0, 2]], want[[0, 2]])
+        (slope,) = torch.autograd.grad((P[[0, 2]] * X[[0, 2]]).sum(), scale)
+        (wanted,) = torch.autograd.grad((Birkhoff().project(X[[0, 2]] * scale) * X[[0, 2]]).sum(), scale)
+        assert torch.equal(slope, wanted)
+        with pytest.warns(ImplicitWarning, match="NaN"):
+            D = Birkhoff().jacobian(bad).to_dense()
+        assert D.isnan().all(-1).all(-1).tolist() == [False, True, False]
 
 
 def test_a_limit_of_jacobians_at_kinks() -> None:

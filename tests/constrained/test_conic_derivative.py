@@ -7,9 +7,11 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from nestopt.constrained import MinimumNorm
 from nestopt.constrained.conic_cones import ConicCones
-from nestopt.constrained.conic_derivative import ConicEquations, find_conic, measure_conic
+from nestopt.constrained.conic_derivative import ConicEquations, ConicLU, _proves, find_conic, measure_conic
 from nestopt.constrained.conic_form import SparseMap, accumulate
-from nestopt.constrained.kkt import envelope, refine, spoil
+from nestopt.constrained.kkt import envelope, refine
+from nestopt.constrained.spoiled_items import spoil
+from nestopt.implicit.jacobian import SystemJacobian
 from nestopt.linalg import Dense, Status
 
 D = torch.float64
@@ -72,6 +74,36 @@ def program(cones, P, A):
     return ConicEquations(cones, (A.shape[1], A.shape[0]), at(P), at(A)), P.flatten(), A.flatten()
 
 
+@pytest.mark.parametrize("kind", ["smooth", "zero", "signs"])
+def test_the_jacobian_written_down_is_that_of_autograd(kind, generator):
+    """Also at kinks: the apex of every cone, and boundaries of the orthant and of the second-order cones."""
+    n, m = 3, sum(CONES.sizes)
+    equations, P, A = program(
+        CONES, torch.randn(n, n, generator=generator, dtype=D), torch.randn(m, n, generator=generator, dtype=D)
+    )
+    z = torch.randn(2, 4, n + m, generator=generator, dtype=D)
+    z = {"smooth": z, "zero": 0 * z, "signs": z.sign()}[kind]
+    data = [P.expand(2, 4, -1), z[..., :n], A.expand(2, 4, -1), z[..., n:]]
+    A = SystemJacobian(equations.residual, z, data, [False] * 4, symmetric=False)
+    assert torch.allclose(equations.jacobian(z, *data), A.to_dense(), rtol=0, atol=1e-13)
+    factors = ConicLU(equations=equations).prepare(A)
+    assert torch.allclose(factors.matrix, A.to_dense(), rtol=0, atol=1e-13)
+    assert equations.jacobian(z[:, :0], *(t[:, :0] for t in data)).shape == (2, 0, n + m, n + m)
+
+
+def test_certificates_are_measured():
+    """x >= 1 and x <= 0 by y = (1, 1); min -x on x >= 0 by the direction x = 1."""
+    cones, zero = ConicCones(nonnegative=2), np.zeros((1, 1))
+    program = (zero, np.array([0.0]), np.array([[-1.0], [1.0]]), np.array([-1.0, 0.0]))
+    for y, truth in (([1, 1], True), ([1, 1 + 1e-7], True), ([1, 1.1], False), ([1, -1], False), ([-1, -1], False)):
+        assert _proves(Status.INFEASIBLE, program, cones, np.zeros(1), np.array(y, dtype=float)) is truth
+    cones, program = ConicCones(nonnegative=1), (zero, np.array([-1.0]), np.array([[-1.0]]), np.array([0.0]))
+    for x, truth in ((1.0, True), (1e-9, True), (-1.0, False), (0.0, False), (np.nan, False)):
+        assert _proves(Status.UNBOUNDED, program, cones, np.array([x]), np.zeros(1)) is truth
+    curved = (zero + 1e-3, *program[1:])
+    assert not _proves(Status.UNBOUNDED, curved, cones, np.array([1.0]), np.zeros(1))
+
+
 def test_a_linear_program_by_hand():
     """min x subject to x >= 2, as s = x - 2: y = 1, v = 1 at the root, and the residual measures what is off."""
     equations, P, A = program(ConicCones(nonnegative=1), torch.zeros(1, 1, dtype=D), -torch.ones(1, 1, dtype=D))
@@ -117,6 +149,9 @@ def test_refine_is_newton_for_every_item_alone(generator):
         assert torch.equal(refine(residual)(torch.zeros(2, dtype=D), a[i])[0], y[i])
     (mapped,) = vmap(lambda a: refine(residual)(torch.zeros(2, dtype=D), a))(a)
     assert torch.allclose(mapped, y, atol=1e-12)
+    slope = refine(residual, lambda y, a: torch.diag_embed(3 * y**2 + 1))
+    assert torch.allclose(slope(torch.zeros(5, 2, dtype=D), a)[0], y, atol=1e-12)
+    assert torch.allclose(vmap(lambda a: slope(torch.zeros(2, dtype=D), a)[0])(a), y, atol=1e-12)
     # where there is no root it stops, and hands back where it stood
     (none,) = refine(lambda y: y * y + 1)(tensor(0.5))
     assert none.isfinite().all()

@@ -8,6 +8,7 @@ from laws_optim import check_derivatives, check_jacobian, check_kink, check_set,
 from torch import Tensor
 
 from nestopt.constrained import Affine, Box, Polyhedron, Simplex
+from nestopt.implicit import ImplicitWarning
 
 
 def tensor(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,6 +103,24 @@ def test_a_limit_of_jacobians_at_kinks() -> None:
     # two rows whose normals cancel leave nothing to move in: the point is a corner of a flat wedge
     wedge = Polyhedron(tensor((0.0, 1.0), (1.0, -1.0), (-1.0, -1.0)), tensor(0.0, 0.0, 0.0))
     assert torch.equal(wedge.jacobian(tensor(0.0, 3.0)).to_dense(), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_an_item_without_a_certificate_is_nan_and_changes_no_other() -> None:
+    g = torch.Generator().manual_seed(80)  # rows that are parallel up to 1e-6 leave a sliver
+    G = torch.randn(8, 4, generator=g, dtype=torch.float64)
+    G[1], G[2] = G[0] + 1e-6 * G[1], 1e-6 * G[2] - G[0]
+    h = (torch.rand(8, generator=g, dtype=torch.float64) * 1e-8).requires_grad_()
+    x = 3 * torch.randn(5, 4, generator=g, dtype=torch.float64)
+    with pytest.warns(ImplicitWarning, match="Polyhedron: 1 of 5 items"):
+        p = Polyhedron(G, h).project(x)
+    assert p.isnan().all(-1).tolist() == [False] * 4 + [True]
+    with pytest.warns(ImplicitWarning, match="Polyhedron: 1 of 5 items"):
+        D = Polyhedron(G, h).jacobian(x).to_dense()
+    assert D.isnan().any(-1).all(-1).tolist() == [False] * 4 + [True]
+    alone = Polyhedron(G, h).project(x[:4])
+    assert torch.allclose(p[:4], alone, rtol=0, atol=1e-14)
+    (slope,), (wanted,) = (torch.autograd.grad((q[:4] * x[:4]).sum(), h) for q in (p, alone))
+    assert torch.allclose(slope, wanted, rtol=1e-9)
 
 
 def test_rows_that_say_the_same_or_nothing() -> None:

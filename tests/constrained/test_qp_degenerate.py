@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from laws_layer import agree
-from torch.func import jacfwd, jacrev, vmap
+from torch.func import jacfwd, jacrev, jvp, vmap
 
 from nestopt.constrained import solve_qp
-from nestopt.linalg import Status
+from nestopt.linalg import SolverError, Status
 
 D = torch.float64
 MU = 1e-6
@@ -114,3 +114,48 @@ def test_fixed_variables():
     agree(z.x, torch.tensor([0.5, -0.2], dtype=D), 1e-12)
     assert z.bound_dual is not None
     agree(z.bound_dual, torch.tensor([-3.5, 0.0], dtype=D), 1e-10)
+
+
+def failing():
+    """Three items of which the second has no solution, with a shared Q, and their leaves."""
+    h = torch.zeros(3, 2, dtype=D)
+    h[1, 0] = -torch.inf
+    q = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]], dtype=D)
+    return [t.requires_grad_() for t in (torch.eye(2, dtype=D), q, torch.eye(2, dtype=D), h)]
+
+
+def solved(Q, q, G, h, policy, on_failure="raise"):
+    return solve_qp(Q, q, G=G, h=h, degenerate=policy, on_failure=on_failure)
+
+
+@pytest.mark.parametrize("policy", FORMULAS)
+@pytest.mark.parametrize("on_failure", ["raise", "warn", "nan"])
+@pytest.mark.filterwarnings("ignore::nestopt.implicit.ImplicitWarning")
+def test_every_policy_treats_failed_items_alike(policy, on_failure):
+    leaves = failing()
+    z = solved(*leaves, policy, on_failure)  # the forward call raises for no item
+    assert [s.name for s in z.status] == ["CONVERGED", "INFEASIBLE", "CONVERGED"]
+    good = torch.autograd.grad(z.x[[0, 2]].sum(), leaves, retain_graph=True)
+    keep = [leaves[0], *(t[[0, 2]] if t.ndim > 1 and len(t) == 3 else t for t in leaves[1:])]
+    alone = torch.autograd.grad(solved(*keep, policy).x.sum(), leaves)
+    agree(good, alone, 1e-12)
+    Q, q, G, h = (t.detach() for t in leaves)
+    if on_failure == "raise":
+        with pytest.raises(SolverError, match="INFEASIBLE"):
+            torch.autograd.grad(z.x.sum(), leaves)
+        with pytest.raises(SolverError, match="INFEASIBLE"):
+            jvp(lambda q: solved(Q, q, G, h, policy).x, (q,), (torch.ones_like(q),))
+        return
+    bad = torch.autograd.grad(z.x.sum(), leaves)
+    assert bad[0].isnan().all()
+    assert bad[1][1].isnan().all()
+    agree(bad[1][[0, 2]], good[1][[0, 2]], 1e-12)
+
+
+def test_a_central_point_that_has_no_derivative_is_a_failure_of_the_derivative_alone():
+    q, one = torch.tensor([1.0, 0.0], dtype=D, requires_grad=True), torch.ones(2, 2, dtype=D)
+    z = solve_qp(torch.eye(2, dtype=D), q, one, torch.ones(2, dtype=D), low=-5.0, degenerate="smoothed")
+    assert z.status == Status.CONVERGED
+    agree(z.x.detach(), torch.tensor([0.0, 1.0], dtype=D), 1e-10)
+    with pytest.raises(SolverError, match="smoothed"):
+        torch.autograd.grad(z.x[0], q)

@@ -228,6 +228,7 @@ def test_the_limit_of_steps_is_a_status(generator):
     [
         ((EYE, tensor(1.0, 2.0, 3.0)), {}, ValueError, r"Q must have shape \(\*batch, n, n\)"),
         ((EYE, torch.tensor(1.0, dtype=D)), {}, ValueError, "q must have shape"),
+        ((EYE[:0, :0], EYE[0, :0]), {}, ValueError, "at least one variable"),
         ((EYE, tensor(1.0, 2.0), ONE), {}, ValueError, "A is given without b"),
         ((EYE, tensor(1.0, 2.0), None, tensor(1.0)), {}, ValueError, "b is given without A"),
         ((EYE, tensor(1.0, 2.0), ONE, tensor(1.0, 2.0)), {}, ValueError, "A must have shape"),

@@ -10,8 +10,6 @@ from nestopt.constrained import L1, NuclearNorm, SpectralBall
 
 DOUBLE = torch.float64
 
-# torch itself warns when forward mode is first used
-
 
 def noise(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=DOUBLE).to(dtype)

@@ -449,7 +449,7 @@ def live_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize(("outer_steps", "options"), [(200, {}), (50, {"checkpoint_every": 1})])
+@pytest.mark.parametrize(("outer_steps", "options"), [(60, {}), (20, {"checkpoint_every": 1})])
 def test_memory_is_flat_over_outer_steps(outer_steps, options, generator):
     net, (X, Y), lr = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1)).double(), data(generator, 2), scalar(0.01)
     batches = rows(X, Y)

@@ -67,6 +67,19 @@ BAD = {
         ValueError,
         r"a parameter of shape \(2, 1\) that is none of Linear's",
     ),
+    "mixed": (
+        lambda: implicit.from_torch(
+            torch.optim.Adam(
+                [
+                    {"params": [NET.weight], "decoupled_weight_decay": True},
+                    {"params": [NET.bias], "decoupled_weight_decay": False},
+                ]
+            ),
+            NET,
+        ),
+        ValueError,
+        "decoupled_weight_decay must be the same in every parameter group",
+    ),
     "vector": (
         lambda: unroll_training(NET, lambda m, b: m(b[0]), [BATCH], SGD(0.1)),
         ValueError,

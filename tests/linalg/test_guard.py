@@ -168,6 +168,10 @@ ROWS = {
         lambda p: F.ctc_loss((Q.reshape(3, 2, 4) @ p).log_softmax(-1), torch.tensor([[1], [2]]), (3, 3), (1, 1)),
         "F.ctc_loss", reverse=False, forward=False, cure="logsumexp",
     ),
+    "linear_cross_entropy": row(
+        lambda p: F.linear_cross_entropy(X, p.mT, TARGET, options=nn.LinearCrossEntropyOptions(batch_chunk_size=2)),
+        "F.linear_cross_entropy in chunks", reverse=False, forward=False, cure="options",
+    ),
     "multi_margin": row(
         lambda p: F.multi_margin_loss(X @ p, TARGET, p=2), "F.multi_margin", reverse=False, forward=False, cure="relu"
     ),

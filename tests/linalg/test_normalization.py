@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from nestopt.implicit.normalization import PlainNormalization
+from nestopt.linalg.normalization import PlainNormalization
 
 D = torch.float64
 
@@ -17,6 +18,10 @@ LAYERS = {
     "layer": lambda: nn.LayerNorm((4, 5)),
     "layer, bare": lambda: nn.LayerNorm(5, elementwise_affine=False),
     "rows": lambda: nn.LayerNorm(5),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "weight": lambda: parametrizations.weight_norm(nn.Linear(5, 3)),
+    "weight, columns": lambda: parametrizations.weight_norm(nn.Linear(5, 3), dim=1),
+    "weight, whole": lambda: parametrizations.weight_norm(nn.Linear(5, 3), dim=None),
 }
 
 
@@ -25,6 +30,7 @@ LAYERS = {
 def test_values_and_running_statistics(name, mode, generator):
     x = torch.randn(6, 4, 5, generator=generator, dtype=D)
     plain, torchs = (LAYERS[name]().double() for _ in range(2))
+    torchs.load_state_dict(plain.state_dict())
     for layer in (plain, torchs):
         for _ in range(3):
             with PlainNormalization() if layer is plain else torch.enable_grad():
@@ -62,6 +68,19 @@ def test_the_vmapped_second_derivative(function, generator):
         found = torch.autograd.grad(torch.func.vmap(outer, (0, None, None, None))(X, *leaves).sum(), leaves)
     for ours, truth in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_the_second_derivative_of_weight_norm(generator):
+    """torch takes the saved norms for constants."""
+    v = torch.randn(3, 4, generator=generator, dtype=D)
+    g = torch.randn(3, 1, generator=generator, dtype=D)
+
+    def hessian(weight):
+        return torch.autograd.functional.hessian(lambda v, g: weight(v, g).sin().sum(), (v, g))[0][0]
+
+    with PlainNormalization():
+        found = hessian(lambda v, g: torch._weight_norm(v, g, 0))
+    torch.testing.assert_close(found, hessian(lambda v, g: v * g / v.norm(dim=1, keepdim=True)), rtol=0, atol=1e-12)
 
 
 def test_one_value_a_channel_is_refused():
