@@ -63,6 +63,8 @@ def solve_lp(
     With gamma > 0 the solution is unique and moves with c: the derivative that a predictor of costs can learn from. It
     is the projection of -c / gamma, and equals the LP's solution of least norm once gamma is small enough.
 
+    Under torch.compile it stays in the graph as `solve_qp` does, but for "vertex" and a tensor of regularization.
+
     Cost: as for `solve_qp`; "vertex" solves twice more, the last time from the answer.
 
     Args:
