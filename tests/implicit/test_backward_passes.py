@@ -134,7 +134,7 @@ def test_damping_where_the_eigenvalues_are_imaginary():
         (Truncated(NystromInverse(3, shift=1e-14)), torch.linalg.inv),
         (Truncated(CG(max_iter=3)), torch.linalg.inv),
     ],
-    ids=str,
+    ids=["OneStep", "Phantom", "Unroll", "Neumann", "Nystrom", "CG"],
 )
 def test_argmin(solver, expected):
     H = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 2.0]], dtype=D)
