@@ -99,8 +99,7 @@ class ConvexProgram(nn.Module):
         Barratt, Boyd, Busseti & Moursi 2019, Differentiating through a cone program (the residual map).
 
     Example:
-        >>> import pytest
-        >>> cp = pytest.importorskip("cvxpy")
+        >>> import cvxpy as cp
         >>> x, t = cp.Variable(2, name="x"), cp.Parameter(2, name="t")
         >>> layer = ConvexProgram(cp.Problem(cp.Minimize(cp.sum_squares(x - t)), [x >= 0, cp.sum(x) == 1]))
         >>> t = torch.tensor([[0.3, 0.1], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)

@@ -141,8 +141,7 @@ def unroll_training(
     Example:
         >>> from nestopt import implicit
         >>> net = torch.nn.Linear(1, 1, bias=False)
-        >>> net.weight.data.fill_(2.0)
-        tensor([[2.]])
+        >>> _ = torch.nn.init.constant_(net.weight, 2.0)
         >>> lr = torch.tensor(0.1, requires_grad=True)
         >>> x = torch.ones(1, 1)
         >>> trained = implicit.unroll_training(net, lambda m, x: (m(x) ** 2).sum() / 2, [x, x], implicit.SGD(lr))

@@ -2,49 +2,11 @@
 
 import pytest
 import torch
-from laws_fixed_point import (
-    Solve,
-    check_bad_arguments,
-    check_batch,
-    check_edges,
-    check_known_answer,
-    check_layer,
-    check_rounding,
-    check_structure,
-)
 
 from nestopt.implicit import NewtonKrylov
 from nestopt.linalg import CG, LU, Status
 
 D = torch.float64
-SOLVES = [Solve(NewtonKrylov()), Solve(NewtonKrylov(), is_map=False), Solve(NewtonKrylov(LU()), is_map=False)]
-solves = pytest.mark.parametrize("solve", SOLVES, ids=str)
-
-
-@solves
-def test_known_answer(solve, dtype):
-    check_known_answer(solve, dtype)
-
-
-@solves
-def test_batch(solve, generator, dtype):
-    check_batch(solve, generator, dtype)
-
-
-@solves
-def test_structure(solve, generator):
-    check_structure(solve, generator)
-
-
-@pytest.mark.parametrize("law", [check_edges, check_rounding, check_bad_arguments])
-@solves
-def test_law(solve, law):
-    law(solve)
-
-
-@solves
-def test_layer(solve, generator):
-    check_layer(solve, generator)
 
 
 def rosenbrock(y):

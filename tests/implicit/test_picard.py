@@ -4,49 +4,11 @@ import math
 
 import pytest
 import torch
-from laws_fixed_point import (
-    Solve,
-    check_bad_arguments,
-    check_batch,
-    check_edges,
-    check_known_answer,
-    check_layer,
-    check_rounding,
-    check_structure,
-)
 
 from nestopt.implicit import Anderson, Picard
 from nestopt.linalg import SolverError, Status
 
 D = torch.float64
-SOLVES = [Solve(Picard()), Solve(Picard(0.9), is_map=False)]
-solves = pytest.mark.parametrize("solve", SOLVES, ids=str)
-
-
-@solves
-def test_known_answer(solve, dtype):
-    check_known_answer(solve, dtype)
-
-
-@solves
-def test_batch(solve, generator, dtype):
-    check_batch(solve, generator, dtype)
-
-
-@solves
-def test_structure(solve, generator):
-    check_structure(solve, generator)
-
-
-@pytest.mark.parametrize("law", [check_edges, check_rounding, check_bad_arguments])
-@solves
-def test_law(solve, law):
-    law(solve)
-
-
-@solves
-def test_layer(solve, generator):
-    check_layer(solve, generator)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.9])
