@@ -258,7 +258,16 @@ def _checked(
     return _Sampling(oracle, scale, samples, noise, generator, 1.0 if maximize else -1.0)
 
 
-class PerturbedOptimizer(nn.Module):
+class _Noisy(nn.Module):
+    """A module that draws new noise from its own stream in each call."""
+
+    def __init__(self, oracle: Oracle, *, seed: int = 0, **options: Any) -> None:
+        super().__init__()
+        _refuse_generator(type(self).__name__, options)
+        self.oracle, self.options, self.stream = oracle, options, random.Random(seed)
+
+
+class PerturbedOptimizer(_Noisy):
     """`perturbed` as a layer from costs to mean decisions, with new noise in each call.
 
     Args:
@@ -269,11 +278,6 @@ class PerturbedOptimizer(nn.Module):
     Raises:
         TypeError: if a generator is among the options.
     """
-
-    def __init__(self, oracle: Oracle, *, seed: int = 0, **options: Any) -> None:
-        super().__init__()
-        _refuse_generator(type(self).__name__, options)
-        self.oracle, self.options, self.stream = oracle, options, random.Random(seed)
 
     def forward(self, costs: Tensor) -> Tensor:
         """The mean decisions.
@@ -287,7 +291,7 @@ class PerturbedOptimizer(nn.Module):
         return perturbed(costs, self.oracle, generator=_next(self.stream, costs), **self.options)
 
 
-class FenchelYoungLoss(nn.Module):
+class FenchelYoungLoss(_Noisy):
     """`fenchel_young` as a module, averaged over the batch, with new noise in each call.
 
     Args:
@@ -298,11 +302,6 @@ class FenchelYoungLoss(nn.Module):
     Raises:
         TypeError: if a generator is among the options.
     """
-
-    def __init__(self, oracle: Oracle, *, seed: int = 0, **options: Any) -> None:
-        super().__init__()
-        _refuse_generator(type(self).__name__, options)
-        self.oracle, self.options, self.stream = oracle, options, random.Random(seed)
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
         """The mean loss over a batch.
