@@ -11,8 +11,10 @@ from torch import Tensor
 from nestopt.implicit import Minimizer, NewtonCG
 from nestopt.linalg import CG, LinearSolver, Status, Stopping
 
+from .assumptions import Assumptions
+from .counts import Counts
 from .evaluation import Evaluation, LowerLevel
-from .method import Counts, Method, MethodState
+from .method import Method, MethodState
 from .problem import Problem, Spaces
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
 
@@ -86,6 +88,7 @@ class AID(Method):
     warm_start: bool = True
 
     State: ClassVar[type[MethodState]] = AIDState
+    assumptions: ClassVar[Assumptions] = Assumptions("implicit", "Pedregosa 2016", products=True)
     parts: ClassVar[dict[str, type]] = {"counts": Counts, "rule": StepState}
 
     def init(self, problem: Problem, x0: Any, y0: Any, data: Any = None) -> AIDState:

@@ -12,8 +12,9 @@ from nestopt.implicit import Minimizer
 from nestopt.linalg import LinearSolver, Status
 from nestopt.linalg.result import all_finite
 
+from .counts import Counts
 from .estimate import solve_adjoint
-from .method import Counts
+from .oracle import part_of
 from .problem import Linearization, Problem, Spaces
 
 __all__ = ["Evaluation", "LowerLevel"]
@@ -96,7 +97,8 @@ class LowerLevel:
         x_tree = self.spaces.x.unflatten(x)
 
         def lower(y_tree: Any) -> Tensor:
-            arguments = (x_tree, y_tree) if self.data is None else (x_tree, y_tree, self.data)
+            part = part_of(self.data, "lower")
+            arguments = (x_tree, y_tree) if part is None else (x_tree, y_tree, part)
             return self.problem.lower(*arguments)
 
         solved = self.minimizer(lower, self.spaces.y.unflatten(y), tolerance)

@@ -13,8 +13,10 @@ from nestopt.implicit import Minimizer, NewtonCG
 from nestopt.linalg import CG, Recycled, Status, Stopping
 
 from .aid import upper_tolerance
+from .assumptions import Assumptions
+from .counts import Counts
 from .evaluation import Evaluation, LowerLevel
-from .method import Counts, Method, MethodState
+from .method import Method, MethodState
 from .problem import Problem, Spaces
 
 __all__ = ["HOAG", "Geometric", "HOAGState", "Polynomial", "ToleranceSchedule"]
@@ -133,6 +135,7 @@ class HOAG(Method):
     stopping: Stopping = Stopping(rtol=None, max_iter=500)
 
     State: ClassVar[type[MethodState]] = HOAGState
+    assumptions: ClassVar[Assumptions] = Assumptions("implicit", "Pedregosa 2016", products=True)
     parts: ClassVar[dict[str, type]] = {"counts": Counts}
 
     def __post_init__(self) -> None:

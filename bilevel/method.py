@@ -12,30 +12,12 @@ from torch import Tensor
 
 from nestopt.linalg import Result, Status, Stopping, iterate
 
+from .assumptions import Assumptions
 from .callbacks import Callback, History, Run
+from .counts import Counts
 from .problem import Problem, Spaces
 
 __all__ = ["BilevelResult", "Counts", "Method", "MethodState"]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a run has cost so far.
-
-    Attributes:
-        upper_evaluations: values of F with a gradient.
-        lower_gradients: gradients of f.
-        products: products with second derivatives of f.
-        lower_solves: runs of the lower solver.
-    """
-
-    upper_evaluations: int = 0
-    lower_gradients: int = 0
-    products: int = 0
-    lower_solves: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +121,7 @@ class Method(ABC):
 
     State: ClassVar[type[MethodState]]
     parts: ClassVar[dict[str, type]] = {"counts": Counts}
+    assumptions: ClassVar[Assumptions]
     stopping: Stopping
 
     @abstractmethod

@@ -17,6 +17,8 @@ from nestopt.linalg.normalization import WrittenOut, normalizes
 from nestopt.linalg.result import all_finite
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
+from .oracle import Oracle, part_of
+
 __all__ = ["Linearization", "Problem", "Spaces"]
 
 
@@ -31,10 +33,11 @@ class Problem:
         upper: F(x, y) -> scalar tensor.
         lower: f(x, y) -> scalar tensor.
         upper_set: X, a set with a projection, or a pytree of sets and Nones like x; None for the whole space.
-        lower_set: a set that y is kept in.
-        inequality: g(x, y) <= 0, constraints of the lower level.
+        lower_set: a set that y is kept in, or a pytree of sets and Nones like y.
+        inequality: g(x, y) -> tensor (or pytree of tensors) <= 0, constraints of the lower level.
         equality: h(x, y) = 0, likewise.
-        lower_prox: prox of a non-smooth term of the lower level.
+        lower_prox: a nonsmooth term h(x, y) of the lower level: a Prox such as `constrained.L1(0.1)`, or a pytree of
+            them like y; a function x -> such, where its weights depend on x; or a `LowerProx` of prox and value.
 
     Raises:
         TypeError: if upper or lower is not callable.
@@ -69,6 +72,23 @@ class Problem:
         for name in ("inequality", "equality"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"Problem: {name} must be a function of (x, y), but got {getattr(self, name)!r}.")
+        if self.lower_set is not None and self.lower_prox is not None:
+            raise ValueError(
+                "Problem: lower_set and lower_prox are both given, but the prox of a sum is neither of theirs; pass "
+                "one lower_prox whose prox maps into the set, or a pytree of terms and sets like y as lower_prox."
+            )
+
+    def oracle(self, spaces: Spaces, data: Any = None) -> Oracle:
+        """First-order information, as methods ask for it.
+
+        Args:
+            spaces: of x and y.
+            data: of one step.
+
+        Returns:
+            A fresh Oracle, whose counts start at zero.
+        """
+        return Oracle(self, spaces, data)
 
     def require_smooth_lower_level(self, method: str) -> None:
         """Refuse what a method for a smooth, unconstrained lower level would have to ignore.
@@ -186,10 +206,10 @@ class Linearization:
         self.x_leaves = fresh_leaves(spaces.x, spaces.x.unflatten(x))
         self.y_leaves = fresh_leaves(spaces.y, spaces.y.unflatten(y))
         trees = spaces.x.build(self.x_leaves), spaces.y.build(self.y_leaves)
-        self.arguments: tuple[Any, ...] = trees if data is None else (*trees, data)
-        self.upper_graph = evaluate(problem.upper, *self.arguments, name="upper")
+        self._trees: tuple[Any, Any] = trees
+        self.upper_graph = self._evaluate("upper")
         self._random = RandomState.now(x.device)
-        self.lower_graph = self._evaluate_lower()
+        self.lower_graph = self._evaluate("lower")
         upper = gradient(self.upper_graph, [*self.x_leaves, *self.y_leaves])
         self.upper_x = spaces.x.join(upper[: len(self.x_leaves)])
         self.upper_y = spaces.y.join(upper[len(self.x_leaves) :])
@@ -228,7 +248,7 @@ class Linearization:
                 )
         found = probe(graph_nodes([self.lower_graph]))  # an operation whose second derivative is missing, or wrong
         if found is not None:
-            undifferentiable = refusal("lower", *found, self._evaluate_lower)
+            undifferentiable = refusal("lower", *found, lambda: self._evaluate("lower"))
             raise undifferentiable
         paths = leaf_paths(self.spaces.x.build(self.x_leaves), "x")
         unused = [
@@ -251,12 +271,14 @@ class Linearization:
         if not normalizes([self.lower_graph]):
             return self.lower_y_graph
         written_out = WrittenOut(needed=True)
-        value = self._random.run(lambda: written_out.evaluate(self._evaluate_lower))
+        value = self._random.run(lambda: written_out.evaluate(lambda: self._evaluate("lower")))
         written_out.check()
         return gradient(value, self.y_leaves, create_graph=True)
 
-    def _evaluate_lower(self) -> Tensor:
-        return evaluate(self.problem.lower, *self.arguments, name="lower")
+    def _evaluate(self, name: str) -> Tensor:
+        part = part_of(self.data, name)
+        arguments = self._trees if part is None else (*self._trees, part)
+        return evaluate(getattr(self.problem, name), *arguments, name=name)
 
     def finite(self) -> bool:
         """Whether both values and all gradients are finite."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt import bilevel
+from nestopt import bilevel, constrained
 
 DOUBLE = torch.float64
 
@@ -28,6 +28,8 @@ class Answered:
     x_star: Any = None
     value: float | None = None
     strong_convexity: float | None = None
+    y_star: Any = None
+    unique: bool = True  # whether the lower solution is, and depends smoothly on x
 
     @property
     def easy(self) -> bool:
@@ -93,6 +95,8 @@ def merely_convex(n: int) -> Answered:
         lower_solution=lambda x: torch.cat([x, x]),
         x_star=e,
         value=0.0,
+        y_star=torch.ones(2 * n, dtype=DOUBLE),
+        unique=False,
     )
 
 
@@ -123,11 +127,11 @@ def multimodal(start: float, minimum: float, value: float) -> Answered:
     def upper(x: Tensor, y: Tensor) -> Tensor:
         return torch.cos(4 * y + 2) / (1 + torch.exp(2 - 4 * x)) + torch.log((4 * x - 2) ** 2 + 1) / 2
 
-    from nestopt.constrained import Box
-
     return Answered(
         name=f"multimodal (from {start})",
-        problem=bilevel.Problem(upper, lambda x, y: (x + y) ** 2 + x * torch.sin(x + y) ** 2, upper_set=Box(0.0, 3.0)),
+        problem=bilevel.Problem(
+            upper, lambda x, y: (x + y) ** 2 + x * torch.sin(x + y) ** 2, upper_set=constrained.Box(0.0, 3.0)
+        ),
         x0=torch.tensor(start, dtype=DOUBLE),
         y0=torch.tensor(-start, dtype=DOUBLE),
         lower_solution=lambda x: -x,
@@ -188,3 +192,199 @@ def adversarial(n: int) -> Answered:
         value=0.0,
         strong_convexity=1.0,
     )
+
+
+def coupled_equality(n: int) -> Answered:
+    """LV-HBA's: y = (y1, y2), one equality that couples both levels; only y2's sum is fixed."""
+    e = torch.ones(n, dtype=DOUBLE)
+    return Answered(
+        name=f"coupled equality (n={n})",
+        problem=bilevel.Problem(
+            lambda x, y: ((x - y[n:]) ** 2).sum() / 2 + ((y[:n] - e) ** 2).sum() / 2,
+            lambda x, y: (y[:n] ** 2).sum() / 2 - x @ y[:n] + y[n:].sum(),
+            equality=lambda x, y: (x.sum() + y.sum())[None],
+        ),
+        x0=torch.zeros(n, dtype=DOUBLE),
+        y0=torch.zeros(2 * n, dtype=DOUBLE),
+        lower_solution=lambda x: torch.cat([x + 1, (-2 * x.sum() / n - 1) * e]),
+        x_star=-0.3 * e,
+        y_star=torch.cat([0.7 * e, -0.4 * e]),
+        value=n * (0.01 + 0.09) / 2,
+        unique=False,
+    )
+
+
+def coupled(n: int, power: int = 1) -> Answered:
+    """BiC-GAFFA's: sum x^p + 1'y1 + 1'y2 = 0, p = 1 or 3."""
+    e = torch.ones(n, dtype=DOUBLE)
+    return Answered(
+        name=f"coupled (n={n}, p={power})",
+        problem=bilevel.Problem(
+            lambda x, y: (y[:n] - 2) @ (x - 1) + ((y[n:] + 3) ** 2).sum(),
+            lambda x, y: (y[:n] ** 2).sum() / 2 - x @ y[:n] + y[n:].sum(),
+            equality=lambda x, y: ((x**power).sum() + y.sum())[None],
+        ),
+        x0=torch.zeros(n, dtype=DOUBLE),
+        y0=torch.zeros(2 * n, dtype=DOUBLE),
+        lower_solution=lambda x: torch.cat([x + 1, -((x**power).sum() + x.sum() + n) / n * e]),
+        x_star=e,
+        y_star=torch.cat([2 * e, -3 * e]),
+        value=0.0,
+        unique=False,
+    )
+
+
+def coupled_inequality(start: float, minimum: float, value: float) -> Answered:
+    """One variable a level, y = argmin {(y - 2x)^2: y <= x} = x on [0, 3]; several minima."""
+    return Answered(
+        name=f"coupled inequality (from {start})",
+        problem=bilevel.Problem(
+            lambda x, y: torch.exp(2 - y) / (2 + torch.cos(4 * x)) + torch.log((4 * x - 2) ** 2 + 1) / 2 + x**2,
+            lambda x, y: (y - 2 * x) ** 2,
+            upper_set=constrained.Box(0.0, 3.0),
+            inequality=lambda x, y: (y - x)[None],
+        ),
+        x0=torch.tensor(start, dtype=DOUBLE),
+        y0=torch.tensor(start, dtype=DOUBLE),
+        lower_solution=lambda x: x,
+        x_star=torch.tensor(minimum, dtype=DOUBLE),
+        y_star=torch.tensor(minimum, dtype=DOUBLE),
+        value=value,
+    )
+
+
+def weighted_l1(n: int) -> Answered:
+    """min over x in [0,1]^n of sum y_i, y = argmin |y - a|^2/2 + sum x_i |y_i|; F* = -1/2, minimisers not unique."""
+    a = torch.cat([torch.full((n // 2,), 1.0 / n, dtype=DOUBLE), torch.full((n - n // 2,), -1.0 / n, dtype=DOUBLE)])
+    return Answered(
+        name=f"weighted l1 (n={n})",
+        problem=bilevel.Problem(
+            lambda x, y: y.sum(),
+            lambda x, y: ((y - a) ** 2).sum() / 2,
+            upper_set=constrained.Box(0.0, 1.0),
+            lower_prox=lambda x: constrained.L1(x),
+        ),
+        x0=torch.full((n,), 0.5 / n, dtype=DOUBLE),
+        y0=torch.zeros(n, dtype=DOUBLE),
+        lower_solution=lambda x: a.sign() * (a.abs() - x).clamp_min(0),
+        value=-(n - n // 2) / n,
+    )
+
+
+def lasso(n: int = 60, p: int = 12, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Answered:
+    """The penalty of a lasso learnt on held-out rows: x is log lambda, h = exp(x) |y|_1."""
+    g = torch.Generator().manual_seed(seed)
+    X, Z = torch.randn(n, p, generator=g, dtype=DOUBLE), torch.randn(n, p, generator=g, dtype=DOUBLE)
+    w = torch.randn(p, generator=g, dtype=DOUBLE) * (torch.arange(p) < p // 2)
+    t = X @ w + torch.randn(n, generator=g, dtype=DOUBLE)
+    u = Z @ w + torch.randn(n, generator=g, dtype=DOUBLE)
+    G, c = X.T @ X / n, X.T @ t / n
+
+    def path(x: Tensor) -> Tensor:
+        """Coordinate descent to the rounding level, then the exact solution on its support and signs."""
+        lam, y = float(x.double().exp()), torch.zeros(p, dtype=DOUBLE)
+        for _ in range(2000):
+            for i in range(p):
+                r = c[i] - G[i] @ y + G[i, i] * y[i]
+                y[i] = r.sign() * (r.abs() - lam).clamp_min(0) / G[i, i]
+        on = y != 0
+        y[on] = torch.linalg.solve(G[on][:, on], c[on] - lam * y[on].sign())
+        return y
+
+    def value(x: float) -> float:
+        return float(((Z @ path(torch.tensor(x, dtype=DOUBLE)) - u) ** 2).mean() / 2)
+
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return ((Z.to(y) @ y - u.to(y)) ** 2).mean() / 2
+
+    return Answered(
+        name=f"lasso (n={n}, p={p})",
+        problem=bilevel.Problem(
+            upper,
+            lambda x, y: ((X.to(y) @ y - t.to(y)) ** 2).mean() / 2,
+            upper_set=constrained.Box(-6.0, 0.0),
+            lower_prox=lambda x: constrained.L1(x.exp()),
+        ),
+        x0=torch.tensor(-1.0, dtype=dtype),
+        y0=torch.zeros(p, dtype=dtype),
+        lower_solution=lambda x: path(x).to(dtype),
+        value=None,
+        hypergradient=lambda x: torch.tensor((value(float(x) + 1e-5) - value(float(x) - 1e-5)) / 2e-5, dtype=dtype),
+    )
+
+
+def kernel_ridge(n: int = 30, seed: int = 0) -> Answered:
+    """Log penalty and log width of kernel ridge regression: the lower level is the dual system."""
+    g = torch.Generator().manual_seed(seed)
+    A, V = torch.rand(n, 2, generator=g, dtype=DOUBLE), torch.rand(n, 2, generator=g, dtype=DOUBLE)
+    t, u = ((torch.sin(4 * P.sum(1)) + 0.1 * torch.randn(n, generator=g, dtype=DOUBLE)) for P in (A, V))
+
+    def kernel(P: Tensor, Q: Tensor, x: Tensor) -> Tensor:
+        return torch.exp(-((P[:, None] - Q) ** 2).sum(-1) * torch.exp(x[1]))
+
+    def solve(x: Tensor) -> Tensor:
+        K = kernel(A, A, x) + torch.exp(x[0]) * torch.eye(n, dtype=DOUBLE)
+        return torch.linalg.solve(K, t)
+
+    def hypergradient(x: Tensor) -> Tensor:
+        s = x.detach().requires_grad_()
+        return torch.autograd.grad(((kernel(V, A, s) @ solve(s) - u) ** 2).mean() / 2, s)[0]
+
+    return Answered(
+        name=f"kernel ridge (n={n})",
+        problem=bilevel.Problem(
+            lambda x, y: ((kernel(V, A, x) @ y - u) ** 2).mean() / 2,
+            lambda x, y: y @ (kernel(A, A, x) @ y + torch.exp(x[0]) * y) / 2 - t @ y,
+        ),
+        x0=torch.tensor([-1.0, 1.0], dtype=DOUBLE),
+        y0=torch.zeros(n, dtype=DOUBLE),
+        lower_solution=solve,
+        hypergradient=hypergradient,
+    )
+
+
+def logistic(n: int = 80, p: int = 6, seed: int = 0) -> Answered:
+    """One log penalty of a logistic regression, solved by Newton to the rounding level."""
+    g = torch.Generator().manual_seed(seed)
+    X, Z = torch.randn(n, p, generator=g, dtype=DOUBLE), torch.randn(n, p, generator=g, dtype=DOUBLE)
+    w = torch.randn(p, generator=g, dtype=DOUBLE)
+    t = (X @ w + torch.randn(n, generator=g, dtype=DOUBLE) > 0).double()
+    u = (Z @ w + torch.randn(n, generator=g, dtype=DOUBLE) > 0).double()
+
+    def loss(features: Tensor, labels: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(features @ y, labels)
+
+    def newton(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.zeros(p, dtype=DOUBLE)
+        for _ in range(50):
+            s = torch.sigmoid(X @ y)
+            H = X.T @ ((s * (1 - s))[:, None] * X) / n + x.exp() * torch.eye(p, dtype=DOUBLE)
+            y = y - torch.linalg.solve(H, X.T @ (s - t) / n + x.exp() * y)
+        return y, H
+
+    def hypergradient(x: Tensor) -> Tensor:
+        y, H = newton(x)
+        slope = Z.T @ (torch.sigmoid(Z @ y) - u) / n
+        return -x.exp() * y @ torch.linalg.solve(H, slope)
+
+    return Answered(
+        name=f"logistic (n={n}, p={p})",
+        problem=bilevel.Problem(lambda x, y: loss(Z, u, y), lambda x, y: loss(X, t, y) + x.exp() * (y**2).sum() / 2),
+        x0=torch.tensor(-1.0, dtype=DOUBLE),
+        y0=torch.zeros(p, dtype=DOUBLE),
+        lower_solution=lambda x: newton(x)[0],
+        hypergradient=hypergradient,
+    )
+
+
+SMOOTH = [
+    quadratic(1, 1), quadratic(5, 3), quadratic(40, 12, 1e3), quadratic(200, 50, 1e2), sine(1), sine(2), sine(20),
+    adversarial(4), adversarial(30), multimodal(0.3, 0.3824, 0.44271), multimodal(1.2, 1.2152, 0.19991),
+    multimodal(2.9, 2.8296, 1.24346), ridge(), kernel_ridge(), logistic(),
+]  # fmt: skip
+NOT_UNIQUE = [merely_convex(1), merely_convex(10), merely_convex(100)]
+NONSMOOTH = [weighted_l1(2), weighted_l1(10), weighted_l1(100), lasso()]
+COUPLED = [
+    coupled_equality(1), coupled_equality(10), coupled_equality(100), coupled(1), coupled(10), coupled(100),
+    coupled(10, 3), coupled_inequality(0.3, 0.3007, 2.6545), coupled_inequality(1.2, 1.1627, 3.5850),
+]  # fmt: skip

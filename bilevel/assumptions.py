@@ -1,0 +1,95 @@
+"""What each bilevel method asks of a problem, and the refusal of what it cannot take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["Assumptions", "methods", "require"]
+
+_FEATURES = {
+    "upper_set": "an upper set",
+    "lower_set": "a lower set",
+    "lower_prox": "a lower prox",
+    "inequality": "inequality constraints",
+    "equality": "equality constraints",
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a method asks of a problem.
+
+    Attributes:
+        family: implicit, through the solver, penalty, or single loop.
+        reference: paper.
+        upper_set: whether x may be kept in a set.
+        lower_set: whether y may be.
+        lower_prox: whether the lower level may have a nonsmooth term.
+        inequality: whether the lower level may have constraints g(x, y) <= 0.
+        equality: whether it may have h(x, y) = 0.
+        unique: whether f_yy must be positive definite at y*(x) (or, under constraints, on their tangent space).
+        products: whether it takes products with second derivatives.
+        stochastic: whether it converges on minibatches.
+    """
+
+    family: str
+    reference: str
+    upper_set: bool = True
+    lower_set: bool = False
+    lower_prox: bool = False
+    inequality: bool = False
+    equality: bool = False
+    unique: bool = True
+    products: bool = False
+    stochastic: bool = False
+
+
+def require(method: Any, problem: Problem) -> None:
+    """Refuse what a method would have to ignore, naming the methods that take it.
+
+    Args:
+        method: with `assumptions`.
+        problem: the problem.
+
+    Raises:
+        ValueError: naming the part and the alternatives.
+    """
+    present = [name for name in _FEATURES if getattr(problem, name) is not None]
+    refused = [name for name in present if not getattr(method.assumptions, name)]
+    if refused:
+        able = [cls.__name__ for cls in _classes() if all(getattr(cls.assumptions, name) for name in present)]
+        advice = f"use {' or '.join(f'bilevel.{name}()' for name in able)}" if able else "no method takes all of it"
+        raise ValueError(
+            f"{type(method).__name__} does not take {' and '.join(_FEATURES[name] for name in refused)}, but the "
+            f"problem has {' and '.join(refused)}; {advice}."
+        )
+
+
+def methods() -> list[dict[str, Any]]:
+    """The table of all methods and their assumptions, one dict a method.
+
+    Returns:
+        Dicts with the name and the fields of Assumptions.
+
+    Example:
+        >>> from nestopt import bilevel
+        >>> next(row["family"] for row in bilevel.methods() if row["method"] == "AID")
+        'implicit'
+    """
+    return [{"method": cls.__name__, **vars(cls.assumptions)} for cls in _classes()]
+
+
+def _classes() -> list[Any]:
+    from .method import Method
+
+    found, todo = [], [Method]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if "assumptions" in vars(cls) and cls.__module__.startswith(__package__ or ""):
+            found.append(cls)
+    return sorted(found, key=lambda cls: (cls.assumptions.family, cls.__name__))

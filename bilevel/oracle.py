@@ -1,0 +1,239 @@
+"""First-order information of a bilevel problem at raveled points, counted as it is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from nestopt.linalg.autodiff import evaluate, fresh_leaves, gradient, products
+from nestopt.linalg.isolation import isolated
+
+from .counts import Counts
+from .nonsmooth import NonsmoothTerm
+
+if TYPE_CHECKING:
+    from .problem import Problem, Spaces
+
+__all__ = ["Batch", "Oracle", "Slopes", "part_of"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data where the two levels take different samples.
+
+    Attributes:
+        upper: third argument of `upper`.
+        lower: third argument of `lower` (and of the constraints).
+    """
+
+    upper: Any
+    lower: Any
+
+
+def part_of(data: Any, function: str) -> Any:
+    """What a problem's function receives of a step's data.
+
+    Args:
+        data: any, or a Batch.
+        function: upper, lower, inequality or equality.
+
+    Returns:
+        The third argument, or None for none.
+    """
+    if isinstance(data, Batch):
+        return data.upper if function == "upper" else data.lower
+    return data
+
+
+class Slopes(NamedTuple):
+    """A value with its raveled gradients.
+
+    Attributes:
+        value: 0-d, detached.
+        x: gradient in x.
+        y: gradient in y.
+    """
+
+    value: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class Oracle:
+    """Values and gradients of F, f, h and the constraints at raveled points.
+
+    Make one for each step; `counts` adds up what it was asked. A problem whose vectors are spread over processes
+    returns its own subclass from `Problem.oracle`, so methods take `dot` and `norm` from here.
+
+    Args:
+        problem: the problem.
+        spaces: of x and y.
+        data: of this step, None for objectives of (x, y).
+    """
+
+    def __init__(self, problem: Problem, spaces: Spaces, data: Any = None) -> None:
+        self.problem, self.spaces, self.data = problem, spaces, data
+        self.nonsmooth = NonsmoothTerm(problem, spaces)
+        self.counts = Counts()
+
+    def upper(self, x: Tensor, y: Tensor) -> Slopes:
+        """F with F_x and F_y."""
+        return self.weighted(x, y, upper=1.0)
+
+    def lower(self, x: Tensor, y: Tensor) -> Slopes:
+        """F with f_x and f_y, without the nonsmooth term."""
+        return self.weighted(x, y, lower=1.0)
+
+    def weighted(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        upper: float | Tensor | None = None,
+        lower: float | Tensor | None = None,
+        dual: Tensor | None = None,
+    ) -> Slopes:
+        """A F + b f + <dual, c> with its gradients, by one backward pass.
+
+        Args:
+            x: raveled upper variable.
+            y: raveled lower variable.
+            upper: a; None leaves F out, unevaluated.
+            lower: b; None likewise.
+            dual: multipliers of the constraints c = (g, h), constants here; None likewise.
+
+        Returns:
+            The Slopes.
+        """
+        x_leaves, y_leaves = self._leaves(x, y)
+        total = x.new_zeros(())
+        if upper is not None:
+            total = total + upper * self._evaluate("upper", x_leaves, y_leaves)
+        if lower is not None:
+            total = total + lower * self._evaluate("lower", x_leaves, y_leaves)
+        if dual is not None and dual.numel():
+            total = total + dual.detach() @ self._constraints(x_leaves, y_leaves)
+        self.counts += Counts(int(upper is not None), int(lower is not None))
+        slopes = gradient(total, [*x_leaves, *y_leaves])
+        n = len(x_leaves)
+        return Slopes(total.detach(), self.spaces.x.join(slopes[:n]), self.spaces.y.join(slopes[n:]))
+
+    def lower_y(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """F and f_y."""
+        _, y_leaves = leaves = self._leaves(x, y)
+        value = self._evaluate("lower", *leaves)
+        self.counts += Counts(0, 1)
+        return value.detach(), self.spaces.y.join(gradient(value, y_leaves))
+
+    def values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """F and f, without derivatives (not counted as gradients)."""
+        with torch.no_grad():
+            leaves = self.spaces.x.split(x), self.spaces.y.split(y)
+            return self._evaluate("upper", *leaves), self._evaluate("lower", *leaves)
+
+    def term_x(self, x: Tensor, y: Tensor) -> Tensor:
+        """h_x(x, y), zero where the nonsmooth term does not depend on x."""
+        if not self.nonsmooth.depends_on_x:
+            return torch.zeros_like(x)
+        x_leaves, y_leaves = self._leaves(x, y)
+        value = self.nonsmooth.value(self.spaces.x.build(x_leaves), self.spaces.y.build(y_leaves))
+        return self.spaces.x.join(gradient(value, x_leaves))
+
+    def term(self, x: Tensor, y: Tensor) -> Tensor:
+        """h(x, y), zero where there is no nonsmooth term; a set counts as zero."""
+        if not self.nonsmooth.present:
+            return x.new_zeros(())
+        with torch.no_grad():
+            return self.nonsmooth.value(self.spaces.x.unflatten(x), self.spaces.y.unflatten(y))
+
+    def prox(self, v: Tensor, step: float | Tensor, x: Tensor) -> Tensor:
+        """The lower level's prox (or projection onto its set), v itself where there is neither."""
+        return self.nonsmooth.prox(v, step, x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the upper set."""
+        return self.problem.project(x, self.spaces)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the problem has an inequality or an equality."""
+        return self.problem.inequality is not None or self.problem.equality is not None
+
+    def constraints(self, x: Tensor, y: Tensor) -> Tensor:
+        """C = (g(x, y), h(x, y)) as one vector, inequalities first; empty where there are none."""
+        with torch.no_grad():
+            self.counts += Counts(constraint_evaluations=1)
+            return self._constraints(self.spaces.x.split(x), self.spaces.y.split(y))
+
+    def inequalities(self, x: Tensor, y: Tensor) -> int:
+        """How many of the constraints are inequalities."""
+        if self.problem.inequality is None:
+            return 0
+        with torch.no_grad():
+            return len(self._rows("inequality", self.spaces.x.split(x), self.spaces.y.split(y)))
+
+    def constraint_jacobian(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """C with its Jacobians (p, n_x) and (p, n_y): one backward pass a row, run as one batch."""
+        x_leaves, y_leaves = self._leaves(x, y)
+        rows = self._constraints(x_leaves, y_leaves)
+        self.counts += Counts(constraint_evaluations=1)
+        if not rows.numel():
+            return rows.detach(), x.new_zeros(0, len(x)), y.new_zeros(0, len(y))
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        slopes = products([rows], [*x_leaves, *y_leaves], [eye], batched=True)
+        n = len(x_leaves)
+        return rows.detach(), self.spaces.x.join(slopes[:n]), self.spaces.y.join(slopes[n:])
+
+    def lower_residual(self, x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        """|y - prox(y - slope)| with step 1: |slope| itself where the lower level is smooth.
+
+        Args:
+            x: raveled upper variable.
+            y: raveled lower variable.
+            slope: f_y(x, y).
+
+        Returns:
+            The norm.
+        """
+        if not self.nonsmooth.present:
+            return self.norm(slope)
+        return self.norm(y - self.prox(y - slope, 1.0, x))
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """<u, v> over the whole space."""
+        return torch.dot(u, v)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """|v| over the whole space."""
+        size: Tensor = v.norm()
+        return size
+
+    def _leaves(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        spaces = self.spaces
+        return (
+            fresh_leaves(spaces.x, spaces.x.unflatten(x)),
+            fresh_leaves(spaces.y, spaces.y.unflatten(y)),
+        )
+
+    def _arguments(self, name: str, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> tuple[Any, ...]:
+        trees = self.spaces.x.build(x_leaves), self.spaces.y.build(y_leaves)
+        part = part_of(self.data, name)
+        return trees if part is None else (*trees, part)
+
+    def _evaluate(self, name: str, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> Tensor:
+        return evaluate(getattr(self.problem, name), *self._arguments(name, x_leaves, y_leaves), name=name)
+
+    def _rows(self, name: str, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> Tensor:
+        with isolated():
+            found = getattr(self.problem, name)(*self._arguments(name, x_leaves, y_leaves))
+        parts = [leaf.reshape(-1) for leaf in optree.tree_leaves(found)]
+        return torch.cat(parts) if parts else x_leaves[0].new_zeros(0)
+
+    def _constraints(self, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> Tensor:
+        names = [name for name in ("inequality", "equality") if getattr(self.problem, name) is not None]
+        parts = [self._rows(name, x_leaves, y_leaves) for name in names]
+        return torch.cat(parts) if parts else x_leaves[0].new_zeros(0)
