@@ -1,9 +1,14 @@
 """Layers inside a model under torch.compile: forward and backward, eager against compiled, in one run.
 
-The model is Linear -> layer -> Linear with a loss on top. "compiled" is torch.compile(model) with its default backend,
-"compiled parts" the eager model whose two linear parts are compiled on their own: what a graph break at the layer
-should cost at most. Every contender trains on the same batch; seconds are medians of interleaved runs, the ratio is to
-eager. A recompilation after the first calls would show in `graphs`, which counts them.
+The model is Linear -> layer -> Linear with a loss on top; "Linear-ReLU-Linear" has these three in front. "compiled" is
+torch.compile(model) with its default backend, "compiled parts" the eager model whose two linear parts are compiled on
+their own: what a graph break at the layer should cost at most; "find too" is the compiled model whose finder of y is
+compiled as well, as the layers' docstring proposes. Models without a layer have "nothing" in its place, or
+"one break", a graph break around nothing: what torch itself takes for entering the graphs that a break leaves, which a
+compiled layer has to win back. Every contender trains on the same batch, in an order that changes; seconds are medians
+of interleaved runs, the ratio, the median over the rounds, is to eager, "of CPU time" is the same of the time that this
+thread ran, which other processes disturb less. A recompilation after the first calls would show in `graphs`, which
+counts them.
 
 Run: python benchmarks/layers_compile.py [--quick] [--output FILE.json] [--device cuda]
 """
@@ -15,6 +20,7 @@ import copy
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +30,7 @@ import torch._dynamo
 from torch import nn
 
 from nestopt import constrained, implicit
+from nestopt.implicit.transforms import untraced
 from nestopt.linalg import GMRES
 
 
@@ -72,16 +79,31 @@ def descent(f, y):
 
 
 class Model(nn.Module):
-    """Linear -> layer -> Linear -> loss."""
+    """Linear -> layer -> Linear -> loss, or with Linear -> ReLU -> Linear in front."""
 
-    def __init__(self, layer: nn.Module, n: int, width: int) -> None:
+    def __init__(self, layer: nn.Module, n: int, width: int, deep: bool = False) -> None:
         super().__init__()
         self.layer = layer
         self.first, self.last = nn.Linear(width, n), nn.Linear(n, width)
+        if deep:
+            self.first = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.first)
 
     def forward(self, x):
         h = self.first(x)
         return self.last(self.layer(torch.zeros_like(h), h)).square().mean()
+
+
+class Nothing(nn.Module):
+    """The second input."""
+
+    def forward(self, y, x):
+        return x.clone()
+
+
+class Break(Nothing):
+    """The same as one graph break."""
+
+    _call_impl = untraced(nn.Module._call_impl)
 
 
 class Program(nn.Module):
@@ -100,7 +122,16 @@ def models(quick: bool) -> dict[str, tuple[nn.Module, int]]:
     """The models by name, with the batch that each gets."""
     n, width, batch = (8, 16, 8) if quick else (32, 256, 64)
     options = {"batch_dims": 1, "rtol": 1e-2}
+    wide = width if quick else 64
     return {
+        "nothing": (Model(Nothing(), n, width), batch),
+        "nothing, one break": (Model(Break(), n, width), batch),
+        "Linear-ReLU-Linear-nothing": (Model(Nothing(), n, wide, deep=True), batch),
+        "Linear-ReLU-Linear-one break": (Model(Break(), n, wide, deep=True), batch),
+        "Linear-ReLU-Linear-RootLayer": (
+            Model(implicit.RootLayer(Residual(n), richardson, **options), n, wide, deep=True), batch,
+        ),
+        "tiny RootLayer": (Model(implicit.RootLayer(Residual(8), richardson, **options), 8, 16), 8),
         "RootLayer, LU": (Model(implicit.RootLayer(Residual(n), richardson, **options), n, width), batch),
         "FixedPointLayer, LU": (Model(implicit.FixedPointLayer(Cell(n), picard, **options), n, width), batch),
         "FixedPointLayer, GMRES": (
@@ -129,7 +160,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rounds = 7 if options.quick else options.rounds
     rows = {}
-    print(f"{'model':<28} {'eager ms':>9} {'compiled':>9} {'parts':>7} {'graphs':>7} {'difference':>11}")
+    order = random.Random(0)
+    heads = f"{'compiled':>9} {'find too':>9} {'of least':>9} {'of CPU time':>12} {'parts':>7} {'graphs':>7}"
+    print(f"{'model':<28} {'eager ms':>9} {heads} {'difference':>11}")
     for name, (model, batch) in models(options.quick).items():
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -140,20 +173,27 @@ def main() -> None:
         parts.first.compile()
         parts.last.compile()
         contenders = {"eager": eager, "compiled": compiled, "parts": parts}
-        x = torch.randn(batch, eager.first.in_features, device=options.device)
+        if hasattr(eager.layer, "find"):
+            contenders["find too"] = copy.deepcopy(eager)
+            contenders["find too"].layer.find = torch.compile(eager.layer.find)
+            contenders["find too"].compile()
+        x = torch.randn(batch, eager.last.out_features, device=options.device)
         seconds: dict[str, list[float]] = {key: [] for key in contenders}
+        running: dict[str, list[float]] = {key: [] for key in contenders}
         values = {}
         first = 0.0
         for round_ in range(rounds + 3):
-            for key, contender in contenders.items():
+            for key in order.sample(list(contenders), len(contenders)):
+                contender = contenders[key]
                 parameters = list(contender.parameters())
-                begun = time.perf_counter()
+                begun, ran = time.perf_counter(), time.thread_time()
                 values[key] = step(contender, x, parameters)
                 if x.is_cuda:
                     torch.cuda.synchronize()
-                spent = time.perf_counter() - begun
+                spent, ran = time.perf_counter() - begun, time.thread_time() - ran
                 if round_ >= 3:  # the first rounds compile
                     seconds[key].append(spent)
+                    running[key].append(ran)
                 elif key == "compiled" and round_ == 0:
                     first = spent
             if round_ == 2:
@@ -164,13 +204,22 @@ def main() -> None:
             for a, b in zip(values["compiled"], values["eager"], strict=True)
         )
         median = {key: statistics.median(value) for key, value in seconds.items()}
-        ratio = statistics.median(a / b for a, b in zip(seconds["compiled"], seconds["eager"], strict=True))
+        ratios = {
+            key: statistics.median(a / b for a, b in zip(seconds[key], seconds["eager"], strict=True))
+            for key in contenders
+        }
+        least = {key: min(value) for key, value in seconds.items()}
+        cpu = {key: statistics.median(value) for key, value in running.items()}
         rows[name] = {
-            "seconds": median, "ratio": ratio, "ratio_parts": median["parts"] / median["eager"], "graphs": graphs,
-            "graphs_later": again, "first_call_seconds": first, "relative_difference": difference,
+            "seconds": median, "ratio": ratios["compiled"], "ratio_find_too": ratios.get("find too"),
+            "ratio_of_least": least["compiled"] / least["eager"],
+            "ratio_of_cpu_time": cpu["compiled"] / cpu["eager"], "ratio_parts": median["parts"] / median["eager"],
+            "graphs": graphs, "graphs_later": again, "first_call_seconds": first, "relative_difference": difference,
         }  # fmt: skip
         print(
-            f"{name:<28} {1e3 * median['eager']:>9.2f} {ratio:>9.2f} {rows[name]['ratio_parts']:>7.2f} "
+            f"{name:<28} {1e3 * median['eager']:>9.2f} {ratios['compiled']:>9.2f} "
+            f"{ratios.get('find too', float('nan')):>9.2f} {rows[name]['ratio_of_least']:>9.2f} "
+            f"{rows[name]['ratio_of_cpu_time']:>12.2f} {rows[name]['ratio_parts']:>7.2f} "
             f"{graphs:>4}+{again:<2} {difference:>11.1e}"
         )
     environment = {

@@ -32,12 +32,14 @@ from .sensitivity import ProblemSolution, solution
 from .sets import Ball, Box, Set, Simplex, WholeSpace, project
 from .spectral_prox import NuclearNorm
 from .spectral_sets import NuclearBall, PSDCone, SpectralBall
+from .sqp import SQP, SQPResult
 from .total_variation import TotalVariation1D
 
 __all__ = [
     "KKT",
     "L1",
     "OSQP",
+    "SQP",
     "Affine",
     "Backend",
     "Ball",
@@ -81,6 +83,7 @@ __all__ = [
     "ProximalLayer",
     "QPLayer",
     "QPResult",
+    "SQPResult",
     "SecondOrderCone",
     "Separable",
     "Set",

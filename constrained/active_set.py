@@ -57,10 +57,14 @@ class ActiveSystem:
         rows = P.C[:, p:].gather(1, index[..., None].expand(-1, -1, n)) * valid[..., None]
         C = torch.cat([P.C[:, :p], rows], 1) if p else rows
         size = n + p + k
-        K = P.q.new_zeros(len(P.q), size, size)
+        K = _square(P, size).zero_()
         K[:, :n, :n], K[:, n:, :n], K[:, :n, n:] = P.Q, C, C.mT
         K.diagonal(dim1=-2, dim2=-1)[:, n + p :] = valid.to(K.dtype) - 1
-        factors, pivots, _ = torch.linalg.lu_factor_ex(K)
+        if P.roomy:
+            pivots, info = (K.new_empty(shape, dtype=torch.int32) for shape in (K.shape[:-1], K.shape[:1]))
+            factors, pivots, _ = torch.linalg.lu_factor_ex(K, out=(_square(P, size).mT, pivots, info))
+        else:
+            factors, pivots, _ = torch.linalg.lu_factor_ex(K)
         weakest = -amax(-factors.diagonal(dim1=-2, dim2=-1).abs(), -1.0)
         deficient = weakest <= SUSPECT
         if bool(deficient.any()):
@@ -133,6 +137,14 @@ class ActiveSystem:
             u = u + torch.linalg.lu_solve(self.factors, self.pivots, rest)
             rest = r - self.K @ u
         return u, rest
+
+
+def _square(P: Program, size: int) -> Tensor:
+    """Uninitialised matrices of this order for all programs."""
+    B, rows = len(P.q), P.q.shape[-1] + P.p + P.m
+    if not P.roomy:
+        return P.q.new_empty(B, size, size)
+    return P.q.new_empty(B * rows * rows)[: B * size * size].view(B, size, size)
 
 
 def _filled(K: Tensor, factors: Tensor, pivots: Tensor, suspect: Tensor) -> tuple[Tensor, Tensor, Tensor]:

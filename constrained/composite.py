@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,29 +106,27 @@ def composite_argmin(
     return attach_derivative(equation, problem, y, (*theta, size), options)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Problem:
-    """f and g as one function of (y, *theta, s), whose value is f's and which keeps g and s for the residual."""
+    """f and g as functions of (y, *theta, s); a call is f's value."""
 
     objective: Callable[..., Tensor]
     prox: Any
-    kept: list[Any] = field(default_factory=list)
 
     def __call__(self, y: Any, *theta: Any) -> Tensor:
-        *parameters, size = theta
-        self.kept[:] = [self._chosen(*parameters), size]
-        return self.objective(y, *parameters)
+        return self.objective(y, *theta[:-1])
 
-    def _chosen(self, *parameters: Any) -> Any:
+    def _chosen(self, _: Any, *theta: Any) -> tuple[Any, Any]:
+        """The term g as the user gives it, and s."""
         fixed = isinstance(self.prox, (Prox, Set)) or not callable(self.prox)
-        return self.prox if fixed else self.prox(*parameters)
+        return self.prox if fixed else self.prox(*theta[:-1]), theta[-1]
 
     def residual(self, border: Border, vector: Tensor, theta: Sequence[Tensor]) -> Tensor:
         gradient = gradient_of(lambda v: total_value(border, border.call(v, theta)), vector)
-        chosen, size = self.kept
+        # g is evaluated here, not within f's gradient: its graph belongs to the residual
+        chosen, size = replace(border, function=self._chosen).call(vector, theta)
         terms = Terms.of(_OWNER, chosen, border.ravel, len(border.batch))
         size = torch.as_tensor(size, dtype=vector.dtype, device=vector.device).expand(vector.shape[:-1])
-        self.kept.clear()  # neither g nor its graph outlive the evaluation
         return vector - terms.prox(vector - size[..., None] * gradient, size)
 
 
@@ -150,6 +148,5 @@ def _curvature(equation: Equation, problem: _Problem, y: Any, theta: tuple[Any, 
             v = v / torch.where(norm > 0, norm, 1)
             (v,) = pull(gradient, [point], [v])
             size = torch.linalg.vector_norm(v, dim=-1)
-    problem.kept.clear()
     usable = (size > 0) & torch.isfinite(size)
     return torch.where(usable, 1 / torch.where(usable, size, 1), 1).detach()

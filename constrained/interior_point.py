@@ -43,6 +43,7 @@ class Program:
         C: shape (B, p + m, n), equalities first.
         d: shape (B, p + m).
         p: number of equalities.
+        roomy: whether an active system's matrix and factors lie in front of memory that would hold all rows.
     """
 
     Q: Tensor
@@ -50,6 +51,7 @@ class Program:
     C: Tensor
     d: Tensor
     p: int
+    roomy: bool = False
 
     @property
     def m(self) -> int:
@@ -107,7 +109,7 @@ class Program:
         cost = torch.maximum(size_Q, size_q / unit)
         cost = torch.where(cost > 0, cost, 1).reciprocal()
         unit, cost = unit[:, None], cost[:, None]
-        scaled = Program(Q.mul_(cost[..., None]), q * (cost / unit), C, d / unit, self.p)
+        scaled = replace(self, Q=Q.mul_(cost[..., None]), q=q * (cost / unit), C=C, d=d / unit)
         root = cost.sqrt()
         return scaled, Scaling(column * unit, row * (unit / cost), row / unit, column * root, row / root)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestopt.linalg import LinearOperator
 
-from .sets import Set, check_number, clamp, kept_nan, simplex_support
+from .sets import Between, Set, check_number, kept_nan, simplex_support
 from .structured import DiagonalPlusLowRank
 
 __all__ = ["L1Ball", "LinfBall"]
@@ -75,7 +75,7 @@ class L1Ball(Set):
 
 
 @dataclass(frozen=True, eq=False)
-class LinfBall(Set):
+class LinfBall(Between):
     """{x: max |x - center| <= radius}.
 
     The Jacobian is diagonal, 1 for an entry with |x - center| <= radius and 0 for the others (and for all if radius is
@@ -103,13 +103,3 @@ class LinfBall(Set):
         self._need_space(x)
         center, radius = self._fit(self.center, x, "center"), self._fit_item(self.radius, x, "radius")
         return center - radius, center + radius
-
-    def _project(self, x: Tensor) -> Tensor:
-        return clamp(x, *self._bounds(x))
-
-    def _broken(self, x: Tensor) -> Tensor:
-        return x.isnan()
-
-    def _jacobian(self, x: Tensor) -> LinearOperator:
-        low, high = self._bounds(x)
-        return DiagonalPlusLowRank(kept_nan(x, (low <= x) & (x <= high) & (low < high)))

@@ -10,8 +10,9 @@ import optree
 import torch
 from torch import Tensor
 
+from nestopt.implicit.border import objective_values
 from nestopt.implicit.pullback import pull
-from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
+from nestopt.linalg.tree import Ravel, named_tree
 
 __all__ = ["KKT", "Problem", "Rows"]
 
@@ -157,21 +158,10 @@ class Problem:
         *theta: Any,
         batch_dims: int = 0,
     ) -> KKT:
-        """The four residuals of the optimality conditions.
-
-        Args:
-            x: the point.
-            equality_dual: lam; None for zero.
-            inequality_dual: mu; None for zero.
-            bound_dual: z, of x's structure; None for zero.
-            theta: further arguments of the functions.
-            batch_dims: leading dimensions of x that count problems.
+        """The four residuals of the optimality conditions; the arguments, and the errors, are those of `lagrangian`.
 
         Returns:
             The residuals, which carry no graph.
-
-        Raises:
-            ValueError: for structures, shapes or dtypes that do not fit.
         """
         with torch.no_grad():
             rows = Rows.of(self, x, theta, batch_dims)
@@ -215,16 +205,8 @@ class Rows:
         Raises:
             ValueError: if batch_dims is negative, or leaves of x differ in their leading dimensions.
         """
-        if batch_dims < 0:
-            raise ValueError(f"Problem: batch_dims must be an integer >= 0, but got {batch_dims!r}.")
         ravel = Ravel.of(x, "x")
-        batch = ravel.shapes[0][:batch_dims]
-        for path, shape in zip(leaf_paths(named_tree(x), "x"), ravel.shapes, strict=True):
-            if len(shape) < batch_dims or shape[:batch_dims] != batch:
-                raise ValueError(
-                    f"Problem: with batch_dims={batch_dims} every tensor of x must begin with the same {batch_dims} "
-                    f"dimensions, {tuple(batch)}, but {path} has shape {tuple(shape)}."
-                )
+        item, batch = ravel.items("Problem", batch_dims)
         values: list[Ravel | None] = []
         for name, function in (("equality", problem.equality), ("inequality", problem.inequality)):
             if function is None:
@@ -233,7 +215,7 @@ class Rows:
             with torch.no_grad():
                 value = function(ravel.build([leaf.detach() for leaf in ravel.leaves(x)]), *theta)
             values.append(_per_item(Ravel.of(value, f"the value of {name}"), batch, name, ravel))
-        return cls(problem, batch, _trim(ravel, batch_dims), values[0], values[1])
+        return cls(problem, batch, item, values[0], values[1])
 
     @property
     def size(self) -> int:
@@ -263,13 +245,7 @@ class Rows:
             ValueError: if it does not return one value an item.
         """
         x = self.x.unflatten(v)
-        f = self.problem.objective(x, *theta)
-        if not isinstance(f, Tensor) or not f.is_floating_point():
-            kind = f.dtype if isinstance(f, Tensor) else type(f).__name__
-            raise TypeError(f"Problem: objective must return a floating tensor, but it returned {kind}.")
-        if f.shape != self.batch and (self.batch or f.numel() != 1):
-            wanted = f"one value an item, of shape {tuple(self.batch)}" if self.batch else "a scalar"
-            raise ValueError(f"Problem: objective must return {wanted}, but its value has shape {tuple(f.shape)}.")
+        f = objective_values("Problem", self.problem.objective(x, *theta), self.batch)
         h, g = (
             v.new_zeros(*self.batch, 0) if ravel is None or function is None else _rows(ravel, function(x, *theta))
             for ravel, function in ((self.h, self.problem.equality), (self.g, self.problem.inequality))
@@ -409,10 +385,6 @@ class Rows:
         return self._vector(ravel, tree, name)
 
 
-def _trim(ravel: Ravel, batch_dims: int) -> Ravel:
-    return replace(ravel, shapes=tuple(shape[batch_dims:] for shape in ravel.shapes))
-
-
 def _per_item(value: Ravel, batch: torch.Size, name: str, x: Ravel) -> Ravel:
     for shape in value.shapes:
         if shape[: len(batch)] != batch:
@@ -425,7 +397,7 @@ def _per_item(value: Ravel, batch: torch.Size, name: str, x: Ravel) -> Ravel:
             f"Problem: {name} must return {x.dtype} on {x.device} like x, but it returned {value.dtype} on "
             f"{value.device}."
         )
-    return _trim(value, len(batch))
+    return replace(value, shapes=tuple(shape[len(batch) :] for shape in value.shapes))
 
 
 def _rows(ravel: Ravel, value: Any) -> Tensor:

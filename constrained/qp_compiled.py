@@ -10,21 +10,28 @@ from torch import Tensor
 
 from nestopt.implicit.monitor import OnFailure
 from nestopt.implicit.transforms import forward_mode, transformed
+from nestopt.linalg.result import Status
 
 from .interior_point import broadcast_shapes
-from .qp_derivative import Policy, _substitute, outer
+from .qp_derivative import matrix_gradients
+from .qp_factors import SPACES, Policy, substitute
+from .qp_solution import Options, find_solution
 
 __all__ = ["fits_in_graph", "solve_in_graph"]
 
-# Tensors in front of the factors in what `_solve` of quadratic_program returns, and in one set of factors but codes.
-FOUND, PARTS = 7, 7
+# Tensors in front of the factors in what `find_solution` returns, and in one set of factors but codes.
+FOUND, PARTS = 7, len(SPACES) - 1
 SETS = {None: 0, "strong": 1, "active": 1, "mean": 2}
 
 SOLVE = (
     "(Tensor Q, Tensor q, Tensor? A, Tensor? b, Tensor? G, Tensor? h, float rtol, int max_iter, str? degenerate, "
-    "bool bounds_only, str on_failure) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool bounds_only, str on_failure) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-SUBSTITUTE = "(Tensor v, Tensor packed, Tensor codes, SymInt n, SymInt p, SymInt m, int sets, str on_failure) -> Tensor"
+SUBSTITUTE = (
+    "(Tensor v, Tensor matrices, Tensor factors, Tensor rows, Tensor codes, SymInt n, SymInt p, SymInt m, "
+    "str on_failure) -> Tensor"
+)
 
 
 def fits_in_graph(degenerate: str, *objects: Any) -> bool:
@@ -49,7 +56,7 @@ def solve_in_graph(
     bounds_only: bool,
     on_failure: OnFailure,
 ) -> tuple[Tensor, ...]:
-    """What `_solve` of quadratic_program finds, of which the solution and the value are differentiable, once.
+    """What `find_solution` finds, of which the solution and the value are differentiable, once.
 
     Args:
         data: Q, q, A, b, G, h.
@@ -67,34 +74,44 @@ def solve_in_graph(
     return (*found[:2], *(t.detach() for t in found[2:FOUND]))
 
 
-def _capacity(items: int, n: int, p: int, m: int) -> int:
-    """How many numbers a set of factors may need, and how many rows are active in front of it."""
+def _capacities(items: int, n: int, p: int, m: int) -> tuple[int, int]:
+    """How many numbers matrices may need, and what belongs to their rows with the count of rows in front."""
     size = n + p + m
-    return 1 + items * (2 * size * size + 2 * size + 2 * m + 1)
+    return items * size * size, 1 + items * (3 * size + 1)
 
 
-def _pack(parts: list[Tensor], packed: Tensor) -> None:
-    """Write a set of factors, whose shapes depend on the data, where a graph knows the shape: the rest stays empty."""
-    K, factors, pivots, index, *rest = parts
-    packed[0] = index.shape[-1]
-    begin = 1
-    for t in (K, factors.mT, pivots, index, *rest):  # LAPACK's factors are stored by columns
-        packed[begin : begin + t.numel()].view(t.shape).copy_(t)
-        begin += t.numel()
+def _pack(sets: list[tuple[Tensor, ...]], like: Tensor, capacities: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sets of factors, whose shapes depend on the data, where a graph knows the shape: the rest stays empty."""
+    matrices = _in_front([K for K, *_ in sets], like, capacities[0])
+    factors = _in_front([LU.mT for _, LU, *_ in sets], like, capacities[0])  # LAPACK's factors are stored by columns
+    rows = like.new_empty(len(sets), capacities[1])
+    for target, (_, _, pivots, index, weights, deficient) in zip(rows, sets, strict=True):
+        each = torch.cat([pivots, index, weights, deficient[..., None]], -1)
+        target[0] = index.shape[-1]
+        target[1 : 1 + each.numel()].view(each.shape).copy_(each)
+    return matrices, factors, rows
 
 
-def _unpack(packed: Tensor, batch: torch.Size, n: int, p: int, m: int) -> list[Tensor]:
+def _in_front(parts: list[Tensor], like: Tensor, capacity: int) -> Tensor:
+    """Tensors in front of rows of this length: a copy, but of a tensor that lies in front of so much memory already."""
+    first = parts[0] if len(parts) == 1 else None
+    if first is not None and first.is_contiguous() and not first.storage_offset():
+        memory = first.untyped_storage()
+        if memory.nbytes() >= capacity * first.itemsize:
+            return first.new_empty(0).set_(memory, 0, (1, capacity), (capacity, 1))
+    whole = like.new_empty(len(parts), capacity)
+    for target, part in zip(whole, parts, strict=True):
+        target[: part.numel()].view(part.shape).copy_(part)
+    return whole
+
+
+def _unpack(matrix: Tensor, factor: Tensor, rows: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
     """The factors that `_pack` wrote."""
-    k, begin, parts = int(packed[0]), 1, []
-    size = n + p + k
-    kinds = [torch.float64, torch.float64, torch.int32, torch.int64, torch.bool, torch.bool, torch.float64]
-    shapes = [(size, size), (size, size), (size,), (k,), (k,), (), (n + p + m,)]
-    for kind, shape in zip(kinds, shapes, strict=True):
-        whole = torch.Size((*batch, *shape))
-        parts.append(packed[begin : begin + whole.numel()].view(whole).to(kind))
-        begin += whole.numel()
-    parts[1] = parts[1].mT
-    return parts
+    size, batch = int(rows[0]), codes.shape
+    K, LU = (t[: codes.numel() * size * size].view(*batch, size, size) for t in (matrix, factor))
+    each = rows[1 : 1 + codes.numel() * (3 * size + 1)].view(*batch, 3 * size + 1)
+    pivots, index, weights, deficient = each.split_with_sizes([size, size, size, 1], -1)
+    return K, LU.mT, pivots.int(), index.long(), weights, deficient.squeeze(-1).bool(), codes
 
 
 @torch.library.custom_op("nestopt::solve_qp", mutates_args=(), schema=SOLVE)
@@ -111,16 +128,12 @@ def _solve_qp(
     bounds_only: bool,
     on_failure: str,
 ) -> tuple[Tensor, ...]:
-    from .quadratic_program import _Options, _solve  # which imports this file
-
-    options = _Options(rtol, max_iter, None, degenerate, 1.0, bounds_only, None)
-    w, *found = _solve(options, Q, q, A, b, G, h, None, None)
+    options = Options(rtol, max_iter, None, degenerate, 1.0, bounds_only, None, roomy=degenerate is not None)
+    w, value, codes, iterations, error, weak, deficient, *parts = find_solution(options, Q, q, A, b, G, h, None, None)
     n, p, m = _sizes(q, b, h)
-    sets = SETS[degenerate]
-    packed = w.new_empty(sets, _capacity(w[..., 0].numel(), n, p, m), dtype=torch.float64)
-    for k in range(sets):
-        _pack(found[FOUND - 1 + k * PARTS :][:PARTS], packed[k])
-    return (*(t.contiguous() for t in (w, *found[: FOUND - 1])), packed)
+    sets = [tuple(parts[k : k + PARTS]) for k in range(0, len(parts), PARTS)]
+    packed = _pack(sets, error, _capacities(codes.numel(), n, p, m))
+    return (*(t.contiguous() for t in (w, value, codes, iterations, error, weak, deficient)), *packed)
 
 
 @_solve_qp.register_fake
@@ -143,9 +156,9 @@ def _solve_qp_shapes(
     w = q.new_empty(*batch, n + p + m)
     whole = [w.new_empty(batch, dtype=torch.int64) for _ in range(3)]
     error, flag = (w.new_empty(batch, dtype=kind) for kind in (torch.float64, torch.bool))
-    capacity = _capacity(math.prod(batch), n, p, m)  # numel() would fix the batch size
-    packed = w.new_empty(SETS[degenerate], capacity, dtype=torch.float64)
-    return w, q.new_empty(batch), whole[0], whole[1], error, whole[2], flag, packed
+    square, rows = _capacities(math.prod(batch), n, p, m)  # numel() would fix the batch size
+    packed = (error.new_empty(SETS[degenerate], capacity) for capacity in (square, square, rows))
+    return w, q.new_empty(batch), whole[0], whole[1], error, whole[2], flag, *packed
 
 
 def _sizes(q: Tensor, b: Tensor | None, h: Tensor | None) -> tuple[int, int, int]:
@@ -153,12 +166,12 @@ def _sizes(q: Tensor, b: Tensor | None, h: Tensor | None) -> tuple[int, int, int
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    Q, q, A, b, G, h, _, _, degenerate, _, on_failure = inputs
+    Q, q, A, b, G, h, *_, on_failure = inputs
     ctx.set_materialize_grads(False)
     ctx.shapes = [None if t is None else t.shape for t in (Q, q, A, b, G, h)]
-    ctx.sets, ctx.on_failure = SETS[degenerate], on_failure
-    w, _, codes, *_, packed = output
-    ctx.save_for_backward(h, w, codes, packed)
+    ctx.on_failure = on_failure
+    w, _, codes, *rest = output
+    ctx.save_for_backward(w, codes, *rest[FOUND - 3 :])
 
 
 def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -176,7 +189,7 @@ def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     """
     v, s = cotangents[:2]
     Q, q, A, b, G, h = ctx.shapes
-    limits, w, codes, packed = ctx.saved_tensors
+    w, codes, *packed = ctx.saved_tensors
     n, p, m = q[-1], 0 if b is None else b[-1], 0 if h is None else h[-1]
     bars: list[Tensor | None] = [None] * 6
     needed = ctx.needs_input_grad
@@ -186,22 +199,17 @@ def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     point = torch.where(bad, 0, w)
     r_bar = cross = torch.zeros_like(w)
     if v is not None:
-        r_bar = cross = torch.ops.nestopt.solve_qp_adjoint(v, packed, codes, n, p, m, ctx.sets, ctx.on_failure)
+        r_bar = cross = torch.ops.nestopt.solve_qp_adjoint(v, *packed, codes, n, p, m, ctx.on_failure)
     if s is not None:
         s = s[..., None]
         scaled = torch.where(bad & (s != 0), torch.nan, s) * point  # as for w, only an item that is asked for is NaN
         r_bar, cross = r_bar - scaled, cross - 0.5 * scaled
-    u_x, x = cross[..., :n], point[..., :n]
+    shapes = [shape if wanted else None for shape, wanted in zip((Q, A, G), needed[:6:2], strict=True)]
+    bars[:6:2] = matrix_gradients(cross, point, n, p, shapes)
     rows = (slice(0, n), slice(n, n + p), slice(n + p, None))
-    for k, (matrix, vector, part) in enumerate(zip((Q, A, G), (q, b, h), rows, strict=True)):
-        if matrix is None:
-            continue
-        if needed[2 * k]:
-            product = outer(cross[..., part], x, matrix) + outer(point[..., part], u_x, matrix)
-            bars[2 * k] = -product if k else -0.5 * product
-        if needed[2 * k + 1]:
+    for k, (vector, part) in enumerate(zip((q, b, h), rows, strict=True)):
+        if vector is not None and needed[2 * k + 1]:
             bar = r_bar[..., part] if k else -r_bar[..., part]
-            bar = torch.where(limits == torch.inf, 0, bar) if k == 2 else bar  # such a row is none
             bars[2 * k + 1] = bar.sum_to_size(vector)
     return *bars, *((None,) * (len(needed) - 6))
 
@@ -211,15 +219,32 @@ _solve_qp.register_autograd(_differentiate, setup_context=_keep)
 
 @torch.library.custom_op("nestopt::solve_qp_adjoint", mutates_args=(), schema=SUBSTITUTE)
 def _solve_qp_adjoint(
-    v: Tensor, packed: Tensor, codes: Tensor, n: int, p: int, m: int, sets: int, on_failure: OnFailure
+    v: Tensor,
+    matrices: Tensor,
+    factors: Tensor,
+    rows: Tensor,
+    codes: Tensor,
+    n: int,
+    p: int,
+    m: int,
+    on_failure: OnFailure,
 ) -> Tensor:
-    policy = Policy(n, p, m, on_failure, None)
-    u = [_substitute(policy, "adjoint", [*_unpack(t, codes.shape, n, p, m), codes], v) for t in packed]
-    return (u[0] if sets == 1 else 0.5 * (u[0] + u[1])).contiguous()
+    policy = Policy(n, p, m, on_failure, None, sound=bool((codes == Status.CONVERGED.code).all()))
+    sets = (_unpack(matrices[k], factors[k], rows[k], codes) for k in range(len(rows)))
+    u = [substitute(policy, "adjoint", one, v) for one in sets]
+    return (u[0] if len(u) == 1 else 0.5 * (u[0] + u[1])).contiguous()
 
 
 @_solve_qp_adjoint.register_fake
 def _solve_qp_adjoint_shape(
-    v: Tensor, packed: Tensor, codes: Tensor, n: int, p: int, m: int, sets: int, on_failure: OnFailure
+    v: Tensor,
+    matrices: Tensor,
+    factors: Tensor,
+    rows: Tensor,
+    codes: Tensor,
+    n: int,
+    p: int,
+    m: int,
+    on_failure: OnFailure,
 ) -> Tensor:
     return v.new_empty(v.shape)

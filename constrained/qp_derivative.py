@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestopt.implicit.monitor import Kind, Monitor, OnFailure, Record, report
-from nestopt.implicit.transforms import alive, over_batched_gradients, recording, within_jvp
-from nestopt.linalg.result import Result, Status, scalar_or_tensor
+from nestopt.implicit.monitor import Kind
+from nestopt.implicit.transforms import (
+    alive,
+    forward_mode,
+    over_batched_gradients,
+    recording,
+    transformed,
+    within_jvp,
+)
 
-from .active_set import ActiveSystem
 from .interior_point import broadcast_shapes
+from .qp_factors import SPACES, Factors, Policy, numberless, substitute
 
-__all__ = ["Factors", "Policy", "attach", "value_of"]
-
-
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """What does not change from one item to another.
-
-    Attributes:
-        n: variables.
-        p: equalities.
-        m: inequalities.
-        on_failure: "raise", "warn" or "nan".
-        monitor: collects records, or None.
-    """
-
-    n: int
-    p: int
-    m: int
-    on_failure: OnFailure
-    monitor: Monitor | None
-
-
-# The tensors of an ActiveSystem with the scales of its matrix and the codes of its programs, one batch for all:
-# K, factors, pivots, index, valid, deficient, scale (*batch, n + p + m), codes (*batch,)
-Factors = tuple[Tensor, ...]
+__all__ = ["attach", "matrix_gradients", "outer", "value_of"]
 
 
 class _Solve(torch.autograd.Function):
@@ -60,7 +42,7 @@ class _Solve(torch.autograd.Function):
         r: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        return known.clone() if known is not None else _substitute(policy, kind, factors, r)
+        return known.clone() if known is not None else substitute(policy, kind, factors, r)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,19 +62,13 @@ class _Solve(torch.autograd.Function):
             return (None,) * len(needed)
         u, Q, A, G, factors = _unpack(ctx, alive(ctx.saved_tensors))
         policy = ctx.policy
-        n, p = policy.n, policy.p
         with recording([t for t in (u, Q, A, G, v) if t is not None]):
             w = _solve(policy, "adjoint", Q, A, G, v, factors)
-            u = _without_failed(u, factors)
-            w_x, u_x = w[..., :n], u[..., :n]
-            Q_bar = A_bar = G_bar = r_bar = None
-            if needed[3]:
-                half = outer(w_x, u_x, Q.shape)
-                Q_bar = -0.5 * (half + half.mT)
-            if needed[4] and A is not None:
-                A_bar = -_cross(w, u, slice(n, n + p), n, A.shape)
-            if needed[5] and G is not None:
-                G_bar = -_cross(w, u, slice(n + p, None), n, G.shape)
+            if not policy.sound:
+                u = u.masked_fill(numberless(factors[-1])[..., None], 0)
+            shapes = [t.shape if t is not None and k else None for t, k in zip((Q, A, G), needed[3:6], strict=True)]
+            Q_bar, A_bar, G_bar = matrix_gradients(w, u, policy.n, policy.p, shapes)
+            r_bar = None
             if needed[6]:
                 r_bar = w.sum_to_size(ctx.r_shape) if w.shape != ctx.r_shape else w
         return None, None, None, Q_bar, A_bar, G_bar, r_bar, *((None,) * len(factors))
@@ -143,8 +119,7 @@ class _Solve(torch.autograd.Function):
             r = r.movedim(d_r, sides)
         else:
             r = front(r, d_r, 1, True)
-        spaces = [2, 2, 1, 1, 1, 0, 1, 0]
-        moved = [front(t, d, space, True) for t, d, space in zip(factors, d_factors, spaces, strict=True)]
+        moved = [front(t, d, space, True) for t, d, space in zip(factors, d_factors, SPACES, strict=True)]
         Q, A, G = (front(t, d, 2, False) for t, d in ((Q, d_Q), (A, d_A), (G, d_G)))
         known = None if known is None else front(known, d_known, 1, True)
         return _apply(policy, kind, known, Q, A, G, r, *moved), max(sides, 0)
@@ -241,65 +216,10 @@ def _apply(*inputs: Any) -> Tensor:
 def _solve(
     policy: Policy, kind: Kind, Q: Tensor, A: Tensor | None, G: Tensor | None, r: Tensor, factors: Sequence[Tensor]
 ) -> Tensor:
-    return over_batched_gradients(lambda rows: _apply(policy, kind, None, Q, A, G, rows, *factors), r)
-
-
-def _substitute(policy: Policy, kind: Kind, factors: Sequence[Tensor], r: Tensor) -> Tensor:
-    """The certified solve, in float64, whatever the dtype of r."""
-    *parts, scale, codes = factors
-    system = ActiveSystem(*parts)
-    n, p, m = policy.n, policy.p, policy.m
-    sides = r.ndim - 1 - codes.ndim
-    wide = r.to(scale.dtype)
-    rhs = system.gather(wide * scale, p, n)
-    columns = rhs.flatten(0, sides - 1).movedim(0, -1) if sides else rhs[..., None]
-    u, rest = system.solve(columns, 0)
-    size = _norm(columns)
-    tolerance = 1e-9 * size
-    for _ in range(8):
-        if bool((_norm(rest) <= 1e-13 * size).all()):
-            break
-        step = torch.linalg.lu_solve(system.factors, system.pivots, rest)
-        trial = u + step
-        fresh = columns - system.K @ trial
-        better = _norm(fresh) < 0.5 * _norm(rest)
-        u, rest = torch.where(better[..., None, :], trial, u), torch.where(better[..., None, :], fresh, rest)
-        if not bool(better.any()):
-            break
-    error = _norm(rest)
-    if sides:
-        u, error, tolerance = (t.movedim(-1, 0).reshape(*r.shape[:sides], *t.shape[:-1]) for t in (u, error, tolerance))
-    else:
-        u, error, tolerance = u[..., 0], error[..., 0], tolerance[..., 0]
-    u = system.scatter(u, p, n, m) * scale
-    # of a singular system only the part of r in its range can be met, and minimum norm is what was promised
-    good = (error <= tolerance) | system.deficient
-    outcome = torch.where(good, Status.CONVERGED.code, Status.STAGNATED.code)
-    asked = (wide != 0).any(-1)
-    failed = codes != Status.CONVERGED.code
-    outcome = torch.where(failed, codes, outcome)
-    outcome = torch.where(asked, outcome, Status.CONVERGED.code)
-    outcome = torch.where(asked & ~torch.isfinite(wide).all(-1), Status.NON_FINITE.code, outcome)
-    if policy.monitor is not None:
-        record = Record(
-            kind=kind, codes=outcome, residual_norm=scalar_or_tensor(error), error=scalar_or_tensor(error),
-            tolerance=scalar_or_tensor(tolerance), iterations=0, products=0,
-        )  # fmt: skip
-        policy.monitor.records.append(record)
-    bad = outcome != Status.CONVERGED.code
-    if bool(bad.any()):
-        if policy.on_failure != "nan":
-            result = Result(x=u, codes=outcome, iterations=0, error=scalar_or_tensor(error))
-            report("solve_qp: the system of the derivative", result, policy.on_failure)
-            bad = bad & (_numberless(codes) | ~torch.isfinite(error))
-        u = torch.where(bad[..., None], torch.nan, u)
-    return u.to(r.dtype)
-
-
-def _numberless(codes: Tensor) -> Tensor:
-    """Which items have a status and no numbers."""
-    named = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.NON_FINITE)
-    return torch.stack([codes == status.code for status in named]).any(0)
+    if torch.is_grad_enabled() or transformed() or forward_mode():
+        return over_batched_gradients(lambda rows: _apply(policy, kind, None, Q, A, G, rows, *factors), r)
+    # nothing differentiates the solve: a function of autograd would cost more than a small system
+    return over_batched_gradients(partial(substitute, policy, kind, factors), r)
 
 
 def _unpack(ctx: Any, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
@@ -310,12 +230,36 @@ def _unpack(ctx: Any, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor |
     return u, Q, A, G, rest
 
 
-def _without_failed(u: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    return u.masked_fill(_numberless(factors[-1])[..., None], 0)
+def matrix_gradients(w: Tensor, u: Tensor, n: int, p: int, shapes: Sequence[torch.Size | None]) -> list[Tensor | None]:
+    """The gradients -(w_x u_x' + u_x w_x')/2, -(w_nu u_x' + u_nu w_x') and -(w_lam u_x' + u_lam w_x').
 
+    Args:
+        w: the solution of the adjoint system, shape (*batch, n + p + m).
+        u: the solution, of w's shape.
+        n: variables.
+        p: equalities.
+        shapes: of Q, A and G, None for what is not wanted.
 
-def _cross(w: Tensor, u: Tensor, rows: slice, n: int, shape: torch.Size) -> Tensor:
-    return outer(w[..., rows], u[..., :n], shape) + outer(u[..., rows], w[..., :n], shape)
+    Returns:
+        The gradients with respect to Q, A and G, None for what is not wanted.
+    """
+    if all(shape is None for shape in shapes):
+        return [None, None, None]
+    w = -w
+    w_x, u_x = w[..., :n], u[..., :n]
+    rows = (slice(0, n), slice(n, n + p), slice(n + p, None))
+    if all(shape is not None and shape[:-2] == w.shape[:-1] for shape in shapes):  # no sums: all rows at once
+        whole = w.unsqueeze(-1) * u_x.unsqueeze(-2) + u.unsqueeze(-1) * w_x.unsqueeze(-2)
+        return [0.5 * whole[..., rows[0], :], whole[..., rows[1], :], whole[..., rows[2], :]]
+    bars: list[Tensor | None] = [None, None, None]
+    if shapes[0] is not None:
+        half = outer(w_x, u_x, shapes[0])
+        bars[0] = 0.5 * (half + half.mT)
+    for k in (1, 2):
+        shape = shapes[k]
+        if shape is not None:
+            bars[k] = outer(w[..., rows[k]], u_x, shape) + outer(u[..., rows[k]], w_x, shape)
+    return bars
 
 
 def outer(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
@@ -340,8 +284,3 @@ def outer(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     moved: Tensor = (matrix @ vector[..., None])[..., 0]
     return moved
-
-
-def _norm(columns: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(columns, dim=-2)
-    return norm

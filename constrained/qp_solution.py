@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nestopt.linalg.result import Status
+from nestopt.implicit.monitor import Monitor, Record
+from nestopt.linalg.result import Status, scalar_or_tensor
 
 from .active_set import NOTHING, ActiveSystem, corrected, polish
-from .interior_point import InteriorPoint, Program, Scaling, amax, product
+from .interior_point import InteriorPoint, Program, Scaling, amax, broadcast_shapes, product
+from .qp_backends import Backend
+from .qp_factors import Factors, numberless
 from .qp_fast_paths import pivoting, separable_guess
 
-__all__ = ["NUMBERLESS", "Solved", "Solver", "solve_programs"]
+__all__ = ["Degenerate", "Options", "Solved", "Solver", "find_solution", "solve_programs"]
 
-# Statuses that come without numbers.
-NUMBERLESS = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.NON_FINITE)
+Degenerate = Literal["strong", "active", "mean", "smoothed"]
 # A dual and a slack, in equilibrated units, that are both no larger make a row weakly active.
 WEAK = 1e-7
 
@@ -57,13 +60,18 @@ class Solved:
     scaling: Scaling
     system: ActiveSystem | None
 
-    def factors(self, active: Tensor) -> tuple[Tensor, ...]:
-        """The factors of the active system of these rows, as `qp_derivative.Factors`."""
+    def factors(self, active: Tensor) -> Factors:
+        """The factors of the active system of these rows, but for the codes."""
         useless = self.x.isnan().any(-1)
         system = ActiveSystem.of(self.scaled, active) if self.system is None else self.system
         system = system.moved(self.scaled, active, useless)
-        scale = torch.cat([self.scaling.columns, self.scaling.rows], -1)
-        return (*system.parts(), scale, self.codes)
+        P = self.scaled
+        first = P.q.shape[-1] + P.p
+        fixed = torch.arange(first, device=P.q.device).expand(len(P.q), first)
+        rows = torch.cat([fixed, system.index + first], -1)
+        weights = torch.cat([self.scaling.columns, self.scaling.rows], -1).gather(-1, rows)
+        weights[:, first:] *= system.valid
+        return system.K, system.factors, system.pivots, rows, weights, system.deficient
 
     def central(self, mu: float) -> tuple[Tensor, Tensor]:
         """The point of the central path lam s = mu.
@@ -95,6 +103,99 @@ class Solved:
         pivots = torch.linalg.lu_factor_ex(K)[0].diagonal(dim1=-2, dim2=-1).abs()
         fit = (state.codes == Status.CONVERGED.code) & ~useless[:, 0] & ~(pivots <= NOTHING).any(-1)
         return torch.cat([state.x * scale.x, state.y * scale.y], -1), ~fit
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a call, what is no tensor.
+
+    Attributes:
+        rtol: of the certificate.
+        max_iter: limit of interior-point steps.
+        backend: who finds the first solution, None for the library's own.
+        degenerate: which rows are active for the derivative; None where there is none.
+        smoothing: of "smoothed".
+        bounds_only: whether every row is a bound.
+        monitor: collects a record of the solve, or None.
+        roomy: of the programs.
+    """
+
+    rtol: float
+    max_iter: int
+    backend: Backend | None
+    degenerate: Degenerate | None
+    smoothing: float
+    bounds_only: bool
+    monitor: Monitor | None
+    roomy: bool = False
+
+
+def find_solution(options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Solve programs of any batch dimensions, and factorise what their derivatives need.
+
+    Args:
+        options: of the call.
+        tensors: Q, q, A, b, G, h, and x and the duals of a warm start; None for what there is not.
+
+    Returns:
+        (x, nu, lam), value, codes, iterations, error, weakly active, deficient; then, for a derivative, one or two sets
+        of factors without codes, or what `attach_smoothed` needs of the point of the central path.
+    """
+    Q, q, A, b, G, h, warm_x, warm_y = (None if t is None else t.detach() for t in tensors)
+    assert Q is not None and q is not None
+    n, dtype = q.shape[-1], q.dtype
+    batch = broadcast_shapes(
+        *(t.shape[:-2] for t in (Q, A, G) if t is not None), *(t.shape[:-1] for t in (q, b, h) if t is not None)
+    )
+
+    def flat(t: Tensor, space: int) -> Tensor:
+        return (
+            t.to(torch.float64)
+            .expand(*batch, *t.shape[t.ndim - space :])
+            .reshape(batch.numel(), *t.shape[t.ndim - space :])
+        )
+
+    rows, limits = ([flat(t, k) for t in pair if t is not None] for pair, k in (((A, G), 2), ((b, h), 1)))
+    P, c = flat(Q, 2), flat(q, 1)
+    p = 0 if b is None else b.shape[-1]
+    program = Program(
+        Q=0.5 * (P + P.mT), q=c, C=torch.cat(rows, 1) if rows else c.new_zeros(len(c), 0, n),
+        d=torch.cat(limits, 1) if limits else c.new_zeros(len(c), 0), p=p, roomy=options.roomy,
+    )  # fmt: skip
+    warm = None if warm_x is None or warm_y is None else (flat(warm_x, 1), flat(warm_y, 1))
+    solver = None if options.backend is None else options.backend.find
+    solved = solve_programs(program, options.rtol, options.max_iter, solver, warm, options.bounds_only)
+    if options.monitor is not None:
+        error, steps = (scalar_or_tensor(t.reshape(batch)) for t in (solved.error, solved.iterations))
+        record = Record(
+            kind="point", codes=solved.codes.reshape(batch), residual_norm=error, error=error, tolerance=options.rtol,
+            iterations=steps,
+        )  # fmt: skip
+        options.monitor.records.append(record)
+    w = torch.cat([solved.x, solved.y], -1)
+    value = (solved.x * (0.5 * (program.Q @ solved.x[..., None])[..., 0] + program.q)).sum(-1)
+    policy = options.degenerate
+    if policy == "smoothed":
+        central, lost = solved.central(options.smoothing)
+        worse = torch.where((solved.codes == Status.CONVERGED.code) & lost, Status.STAGNATED.code, solved.codes)
+        extra: tuple[Tensor, ...] = (central.to(dtype), worse, lost)
+        deficient = torch.zeros_like(solved.codes, dtype=torch.bool)
+    else:
+        first = solved.factors(solved.strong | solved.weak if policy == "active" else solved.strong)
+        deficient = first[-1]
+        extra = first if policy is not None else ()
+        if policy == "mean":
+            extra = (*extra, *solved.factors(solved.strong | solved.weak))
+    found = (
+        w.to(dtype),
+        value.to(dtype),
+        solved.codes,
+        solved.iterations,
+        solved.error,
+        solved.weak.sum(-1),
+        deficient,
+    )
+    return tuple(t.reshape(batch + t.shape[1:]) for t in (*found, *extra))
 
 
 def interior_point(program: Program, tolerance: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +234,7 @@ def solve_programs(
     Returns:
         The solutions.
     """
-    program, codes = _sanitise(program)
+    program, codes, absent = _sanitise(program)
     scaled, scaling = program.equilibrate()
     codes, L = _check_convex(scaled, codes)
     if bool((codes != 0).any()):
@@ -188,7 +289,10 @@ def solve_programs(
     lam, slack = y[:, p:], (scaled.d - product(scaled.C, x))[:, p:]
     strong = lam > WEAK
     weak = ~strong & (slack.abs() <= WEAK)
-    useless = torch.stack([codes == status.code for status in NUMBERLESS]).any(0)
+    if absent is not None:  # nothing depends on a limit of inf
+        y = torch.where(absent, 0, y)
+        strong, weak = (rows & ~absent[:, p:] for rows in (strong, weak))
+    useless = numberless(codes)
     bad = useless[:, None]
     scaled = _trivial(scaled, useless) if bool(useless.any()) else scaled
     return Solved(
@@ -222,14 +326,15 @@ def _seems_active(P: Program, x: Tensor, y: Tensor) -> Tensor:
     return y[:, P.p :] > (P.d - product(P.C, x))[:, P.p :]
 
 
-def _sanitise(program: Program) -> tuple[Program, Tensor]:
-    """Rows without a limit become 0 x <= 1, and programs that are not numbers the trivial one."""
+def _sanitise(program: Program) -> tuple[Program, Tensor, Tensor | None]:
+    """Rows without a limit, if any, become 0 x <= 1, and programs that are not numbers the trivial one."""
     p = program.p
     absent = program.d == torch.inf
     absent[:, :p] = False
     never = (program.d == -torch.inf)[:, p:].any(-1)
     d = torch.where(absent, 1, program.d)
-    C = program.C if not bool(absent.any()) else torch.where(absent[..., None], 0, program.C)
+    some = bool(absent.any())
+    C = torch.where(absent[..., None], 0, program.C) if some else program.C
     # a finite sum proves finite entries; an infinite one may be an overflow, and is looked at again
     sums = program.Q.sum((-2, -1)) + program.q.sum(-1) + C.sum((-2, -1))
     finite = torch.isfinite(sums) & ~torch.isnan(d).any(-1)
@@ -239,7 +344,8 @@ def _sanitise(program: Program) -> tuple[Program, Tensor]:
     codes = torch.where(finite & torch.isfinite(d[:, :p]).all(-1), 0, Status.NON_FINITE.code)
     codes = torch.where((codes == 0) & never, Status.INFEASIBLE.code, codes)
     program = replace(program, C=C, d=d)
-    return (_trivial(program, codes != 0) if bool((codes != 0).any()) else program), codes
+    program = _trivial(program, codes != 0) if bool((codes != 0).any()) else program
+    return program, codes, absent if some else None
 
 
 def _trivial(program: Program, rows: Tensor) -> Program:
@@ -247,9 +353,9 @@ def _trivial(program: Program, rows: Tensor) -> Program:
     eye = torch.eye(program.q.shape[-1], dtype=program.q.dtype, device=program.q.device)
     d = torch.zeros_like(program.d)
     d[:, program.p :] = 1
-    return Program(
-        Q=torch.where(rows[:, None, None], eye, program.Q), q=torch.where(rows[:, None], 0, program.q),
-        C=torch.where(rows[:, None, None], 0, program.C), d=torch.where(rows[:, None], d, program.d), p=program.p,
+    return replace(
+        program, Q=torch.where(rows[:, None, None], eye, program.Q), q=torch.where(rows[:, None], 0, program.q),
+        C=torch.where(rows[:, None, None], 0, program.C), d=torch.where(rows[:, None], d, program.d),
     )  # fmt: skip
 
 

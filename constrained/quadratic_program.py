@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestopt.implicit.monitor import Monitor, OnFailure, Record, check_on_failure
+from nestopt.implicit.monitor import Monitor, OnFailure, check_on_failure
 from nestopt.implicit.transforms import forward_mode, tracked, transformed, untraced
 from nestopt.linalg.result import Result, Status, check_stopping, scalar_or_tensor
 
-from .interior_point import Program, broadcast_shapes
+from .interior_point import broadcast_shapes
 from .qp_backends import Backend
 from .qp_compiled import fits_in_graph, solve_in_graph
-from .qp_derivative import Factors, Policy, attach, value_of
+from .qp_derivative import attach, value_of
+from .qp_factors import SPACES, Factors, Policy
 from .qp_smoothed import attach_smoothed
-from .qp_solution import solve_programs
+from .qp_solution import Degenerate, Options, find_solution
 
 __all__ = ["Degenerate", "QPResult", "solve_qp"]
 
-Degenerate = Literal["strong", "active", "mean", "smoothed"]
 OWNER = "solve_qp"
 
 
@@ -205,7 +205,7 @@ def solve_qp(
     )
     rtol = (1e-9 if q.dtype == torch.float64 else 1e-5) if rtol is None else rtol
     bounds_only = m_rows == p == 0 and backend is None
-    options = _Options(rtol, max_iter, backend, degenerate if differentiated else None, smoothing, bounds_only, monitor)
+    options = Options(rtol, max_iter, backend, degenerate if differentiated else None, smoothing, bounds_only, monitor)
     if tracing:
         found: tuple[Tensor, ...] = solve_in_graph(
             (Q, q, A, b, G, h), rtol, max_iter, degenerate, bounds_only, on_failure
@@ -213,20 +213,20 @@ def solve_qp(
     else:
         with torch.no_grad():
             inputs = (options, Q, q, A, b, G, h, *warm)
-            found = _Solution.apply(*inputs) if transformed() or forward_mode() else _solve(*inputs)  # type: ignore[no-untyped-call]
+            found = _Solution.apply(*inputs) if transformed() or forward_mode() else find_solution(*inputs)  # type: ignore[no-untyped-call]
     w, value, codes, iterations, error, weak, deficient, *rest = found
     if differentiated:
-        policy = Policy(n, p, m, on_failure, monitor)
+        sound = not transformed() and bool((codes == Status.CONVERGED.code).all())
+        policy = Policy(n, p, m, on_failure, monitor, sound)
         known = (-q, *(t for t in (b, h) if t is not None))
         r = torch.cat([t.expand(*batch, t.shape[-1]) for t in known], -1) if len(known) > 1 else known[0]
         if r.shape != w.shape:
             r = r.expand(w.shape)
-        if h is not None:  # a limit of inf is no row: nothing depends on it
-            r = torch.where(r == torch.inf, 0, r)
         if degenerate == "smoothed":
             w = attach_smoothed(w, rest[0], rest[1], rest[2], (Q, q, A, b, G, h), smoothing, on_failure, monitor)
         else:
-            sets: list[Factors] = [(*rest[k : k + 7], codes) for k in range(0, len(rest), 7)]
+            parts = len(SPACES) - 1
+            sets: list[Factors] = [(*rest[k : k + parts], codes) for k in range(0, len(rest), parts)]
             solutions = [attach(policy, w, Q, A, G, r, factors) for factors in sets]
             w = solutions[0] if len(solutions) == 1 else 0.5 * (solutions[0] + solutions[1])
         value = value_of(value, w, Q, A, G, r)
@@ -247,82 +247,12 @@ def solve_qp(
 _solve_qp_untraced = untraced(solve_qp)
 
 
-@dataclass(frozen=True)
-class _Options:
-    rtol: float
-    max_iter: int
-    backend: Backend | None
-    degenerate: Degenerate | None
-    smoothing: float
-    bounds_only: bool
-    monitor: Monitor | None
-
-
-def _solve(options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """(x, nu, lam), value, codes, iterations, error, weakly active, deficient, and factors or the smoothed point."""
-    Q, q, A, b, G, h, warm_x, warm_y = (None if t is None else t.detach() for t in tensors)
-    assert Q is not None and q is not None
-    n, dtype = q.shape[-1], q.dtype
-    batch = broadcast_shapes(
-        *(t.shape[:-2] for t in (Q, A, G) if t is not None), *(t.shape[:-1] for t in (q, b, h) if t is not None)
-    )
-
-    def flat(t: Tensor, space: int) -> Tensor:
-        return (
-            t.to(torch.float64)
-            .expand(*batch, *t.shape[t.ndim - space :])
-            .reshape(batch.numel(), *t.shape[t.ndim - space :])
-        )
-
-    rows, limits = ([flat(t, k) for t in pair if t is not None] for pair, k in (((A, G), 2), ((b, h), 1)))
-    P, c = flat(Q, 2), flat(q, 1)
-    p = 0 if b is None else b.shape[-1]
-    program = Program(
-        Q=0.5 * (P + P.mT), q=c, C=torch.cat(rows, 1) if rows else c.new_zeros(len(c), 0, n),
-        d=torch.cat(limits, 1) if limits else c.new_zeros(len(c), 0), p=p,
-    )  # fmt: skip
-    warm = None if warm_x is None or warm_y is None else (flat(warm_x, 1), flat(warm_y, 1))
-    solver = None if options.backend is None else options.backend.find
-    solved = solve_programs(program, options.rtol, options.max_iter, solver, warm, options.bounds_only)
-    if options.monitor is not None:
-        error, steps = (scalar_or_tensor(t.reshape(batch)) for t in (solved.error, solved.iterations))
-        record = Record(
-            kind="point", codes=solved.codes.reshape(batch), residual_norm=error, error=error, tolerance=options.rtol,
-            iterations=steps,
-        )  # fmt: skip
-        options.monitor.records.append(record)
-    w = torch.cat([solved.x, solved.y], -1)
-    value = (solved.x * (0.5 * (program.Q @ solved.x[..., None])[..., 0] + program.q)).sum(-1)
-    policy = options.degenerate
-    if policy == "smoothed":
-        central, lost = solved.central(options.smoothing)
-        worse = torch.where((solved.codes == Status.CONVERGED.code) & lost, Status.STAGNATED.code, solved.codes)
-        extra: tuple[Tensor, ...] = (central.to(dtype), worse, lost)
-        deficient = torch.zeros_like(solved.codes, dtype=torch.bool)
-    else:
-        first = solved.factors(solved.strong | solved.weak if policy == "active" else solved.strong)
-        deficient = first[5]
-        extra = first[:7] if policy is not None else ()
-        if policy == "mean":
-            extra = (*extra, *solved.factors(solved.strong | solved.weak)[:7])
-    found = (
-        w.to(dtype),
-        value.to(dtype),
-        solved.codes,
-        solved.iterations,
-        solved.error,
-        solved.weak.sum(-1),
-        deficient,
-    )
-    return tuple(t.reshape(batch + t.shape[1:]) for t in (*found, *extra))
-
-
 class _Solution(torch.autograd.Function):
-    """`_solve` under transforms: nothing of it is differentiated, and a mapped dimension is one more of the batch."""
+    """`find_solution` under transforms: not differentiated, and a mapped dimension is one more of the batch."""
 
     @staticmethod
-    def forward(options: _Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _solve(options, *tensors)
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return find_solution(options, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -339,7 +269,7 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], options: _Options, *tensors: Tensor | None
+        info: Any, in_dims: tuple[int | None, ...], options: Options, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         spaces = (2, 1, 2, 1, 2, 1, 1, 1)
         pairs = [(t, d, k) for t, d, k in zip(tensors, in_dims[1:], spaces, strict=True) if t is not None]

@@ -23,6 +23,7 @@ from .value_only import check_every
 
 __all__ = [
     "Ball",
+    "Between",
     "Box",
     "Set",
     "Simplex",
@@ -234,8 +235,26 @@ class WholeSpace(Set):
         return DiagonalPlusLowRank(torch.ones_like(x))
 
 
+class Between(Set):
+    """The x between two bounds, elementwise, which a subclass writes as `_bounds`."""
+
+    @abstractmethod
+    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The lower and the upper bound, which broadcast to x."""
+
+    def _project(self, x: Tensor) -> Tensor:
+        return clamp(x, *self._bounds(x))
+
+    def _broken(self, x: Tensor) -> Tensor:
+        return x.isnan()
+
+    def _jacobian(self, x: Tensor) -> LinearOperator:
+        low, high = self._bounds(x)
+        return DiagonalPlusLowRank(kept_nan(x, (low <= x) & (x <= high) & (low < high)))
+
+
 @dataclass(frozen=True, eq=False)
-class Box(Set):
+class Box(Between):
     """{x: low <= x <= high}, elementwise; x may have any shape that the bounds broadcast to, 0-d included.
 
     The Jacobian is diagonal, 1 for an entry within its bounds and 0 outside. At a kink: a free entry on its bound
@@ -273,16 +292,6 @@ class Box(Set):
 
     def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._fit(self.low, x, "low"), self._fit(self.high, x, "high")
-
-    def _project(self, x: Tensor) -> Tensor:
-        return clamp(x, *self._bounds(x))
-
-    def _broken(self, x: Tensor) -> Tensor:
-        return x.isnan()
-
-    def _jacobian(self, x: Tensor) -> LinearOperator:
-        low, high = self._bounds(x)
-        return DiagonalPlusLowRank(kept_nan(x, (low <= x) & (x <= high) & (low < high)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestopt.linalg.isolation import isolated
-from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
+from nestopt.linalg.tree import Ravel
 
+from .border import objective_values
 from .jacobian import SystemJacobian
 
 __all__ = ["BatchedObjective", "Points", "ravel_batch", "select"]
@@ -112,17 +113,8 @@ class BatchedObjective:
     def _evaluate(self, y: Tensor) -> Tensor:
         self.evaluations += 1
         with isolated():
-            value: Any = self.function(self.ravel.unflatten(y))
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{self.owner}: objective must return a floating tensor, but it returned {kind}.")
-        if value.shape != self.batch and (self.batch or value.numel() != 1):
-            wanted = f"one value an item, of shape {tuple(self.batch)}" if self.batch else "a scalar"
-            raise ValueError(
-                f"{self.owner}: objective must return {wanted}, but it returned a tensor of shape "
-                f"{tuple(value.shape)}; {'sum over each item alone' if self.batch else 'return its mean or sum'}."
-            )
-        return value.reshape(self.batch).to(y.dtype)
+            value = self.function(self.ravel.unflatten(y))
+        return objective_values(self.owner, value, self.batch).reshape(self.batch).to(y.dtype)
 
 
 def ravel_batch(owner: str, y0: Any, batch_dims: int) -> tuple[Ravel, torch.Size, Tensor]:
@@ -139,16 +131,6 @@ def ravel_batch(owner: str, y0: Any, batch_dims: int) -> tuple[Ravel, torch.Size
     Raises:
         ValueError: if batch_dims is no integer >= 0, or the leaves do not begin with the same dimensions.
     """
-    if not isinstance(batch_dims, int) or batch_dims < 0:
-        raise ValueError(f"{owner}: batch_dims must be an integer >= 0, but got {batch_dims!r}.")
     ravel = Ravel.of(y0, "y0")
-    batch = ravel.shapes[0][:batch_dims]
-    for path, shape in zip(leaf_paths(named_tree(y0), "y0"), ravel.shapes, strict=True):
-        if len(shape) < batch_dims or shape[:batch_dims] != batch:
-            raise ValueError(
-                f"{owner}: with batch_dims={batch_dims} every leaf of y0 must begin with the same {batch_dims} "
-                f"dimensions, {tuple(batch)}, but {path} has shape {tuple(shape)}."
-            )
-    leaves = [leaf.detach() for leaf in ravel.leaves(y0)]
-    item = replace(ravel, shapes=tuple(shape[batch_dims:] for shape in ravel.shapes))
-    return item, batch, item.join(leaves).clone()
+    item, batch = ravel.items(owner, batch_dims)
+    return item, batch, item.join([leaf.detach() for leaf in ravel.leaves(y0)]).clone()

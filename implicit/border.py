@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nestopt.linalg.isolation import isolated
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
-__all__ = ["Border", "Equation", "Operands"]
+__all__ = ["Border", "Equation", "Operands", "objective_values"]
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,8 @@ class Border:
         owner, ravel = equation.owner, Ravel.of(y, "y")
         if not callable(function):
             raise TypeError(f"{owner}: {equation.role} must be a function, but got {type(function).__name__}.")
-        batch = ravel.shapes[0][:batch_dims]
-        for path, shape in zip(leaf_paths(named_tree(y), "y"), ravel.shapes, strict=True):
-            if len(shape) < batch_dims or shape[:batch_dims] != batch:
-                raise ValueError(
-                    f"{owner}: with batch_dims={batch_dims} every leaf of y must begin with the same {batch_dims} "
-                    f"dimensions, {tuple(batch)}, but {path} has shape {tuple(shape)}."
-                )
         vector = [leaf.detach() for leaf in ravel.leaves(y)]
-        ravel = replace(ravel, shapes=tuple(shape[batch_dims:] for shape in ravel.shapes))
+        ravel, batch = ravel.items(owner, batch_dims)
         tree: Any = theta
         paths, leaves, treespec = optree.tree_flatten_with_path(tree)
         kept: list[tuple[Tensor, int]] = []
@@ -175,6 +168,33 @@ class Border:
                     f"{leaf.dtype} on {leaf.device}."
                 )
         return self.ravel.join(leaves)
+
+
+def objective_values(owner: str, value: Any, batch: torch.Size) -> Tensor:
+    """What an objective returned, which must be one value an item.
+
+    Args:
+        owner: in whose name errors are raised.
+        value: that the objective returned.
+        batch: the items' shape.
+
+    Returns:
+        The value as it is: of shape (*batch), or of a single item any shape with one entry.
+
+    Raises:
+        TypeError: if the value is no floating tensor.
+        ValueError: if it is not one value an item.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{owner}: objective must return a floating tensor, but it returned {kind}.")
+    if value.shape != batch and (batch or value.numel() != 1):
+        wanted = f"one value an item, of shape {tuple(batch)}" if batch else "a scalar"
+        raise ValueError(
+            f"{owner}: objective must return {wanted}, but it returned a tensor of shape {tuple(value.shape)}; "
+            f"{'sum over each item alone' if batch else 'return its mean or sum'}."
+        )
+    return value
 
 
 def _normal(tensor: Tensor) -> Tensor:

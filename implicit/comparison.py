@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestopt.linalg import CG, GMRES, LU, MINRES, LinearSolver, Neumann, Normal, Status, Statuses
+from nestopt.linalg.comparison import named_row
 from nestopt.linalg.result import scalar_or_tensor, status_of
 from nestopt.linalg.tree import Ravel
 
@@ -71,10 +72,8 @@ class PassComparison:
 
     def __getitem__(self, name: str) -> PassReport:
         """The line of this name."""
-        rows = {row.name: row for row in self.rows}
-        if name not in rows:
-            raise KeyError(f"PassComparison: {name!r} was not compared; there are {', '.join(rows)}.")
-        return rows[name]
+        row: PassReport = named_row(self, name)
+        return row
 
     def __str__(self) -> str:
         width = max(len("pass"), *(len(row.name) for row in self.rows))

@@ -172,17 +172,7 @@ class InnerStep:
     def segment(
         self, optimizer: DifferentiableOptimizer, carry: Carry, batches: Sequence[Any], first: int
     ) -> tuple[Carry, list[Tensor]]:
-        """`run` without keeping its graph: a derivative runs it again.
-
-        Args:
-            optimizer: which steps.
-            carry: where to start.
-            batches: one a step.
-            first: the number of the first step.
-
-        Returns:
-            As `run`.
-        """
+        """`run`, of the same arguments, without keeping its graph: a derivative runs it again."""
         tree = [carry.parameters, carry.fixed, carry.buffers, _fields(carry.state), _fields(optimizer), list(batches)]
         tensors, build = _split(tree)
         blank_state, blank_optimizer = _blank(carry.state), _blank(optimizer)

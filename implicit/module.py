@@ -115,13 +115,33 @@ class RootLayer(nn.Module):
         with torch.no_grad():
             tree: Any = theta
             fixed: Any = optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+            parameters, buffers, *inputs = fixed
             dims = {"batch_dims": batch_dims} if isinstance(find, Minimizer) and batch_dims else {}
-            found = find(lambda y: evaluate(y, *fixed), y0, **dims)
+            if buffers or evaluate != self._evaluate:  # every evaluation starts from the same buffers or random numbers
+                found = find(lambda y: evaluate(y, *fixed), y0, **dims)
+            else:
+
+                def searched(function: nn.Module) -> Any:
+                    return find(lambda y: function(y, *inputs), y0, **dims)
+
+                held = {f"function.{name}": tensor for name, tensor in parameters.items()}
+                found = torch.func.functional_call(_Holder(self.function), held, searched)
         return (found.x if isinstance(found, Result) else found), found
 
     def _evaluate(self, y: Any, parameters: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Any) -> Any:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         return torch.func.functional_call(self.function, {**parameters, **copies}, (y, *inputs))
+
+
+class _Holder(nn.Module):
+    """A module whose parameters are exchanged once for a whole search: it costs more than a small evaluation."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, run: Callable[[nn.Module], Any]) -> Any:
+        return run(self.function)
 
 
 class FixedPointLayer(RootLayer):

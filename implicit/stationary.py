@@ -15,7 +15,7 @@ from nestopt.linalg.normalization import WRITTEN_OUT
 
 from .attach import attach_derivative
 from .backward_pass import BackwardPass
-from .border import Border, Equation
+from .border import Border, Equation, objective_values
 from .monitor import Monitor, OnFailure
 from .options import Options
 from .transforms import transformed
@@ -120,17 +120,7 @@ def total_value(border: Border, value: Any) -> Tensor:
         TypeError: if the value is no floating tensor.
         ValueError: if it is not one value an item.
     """
-    owner = border.equation.owner
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{owner}: objective must return a floating tensor, but it returned {kind}.")
-    if value.shape != border.batch and (border.batch or value.numel() != 1):
-        wanted = f"one value an item, of shape {tuple(border.batch)}" if border.batch else "a scalar"
-        raise ValueError(
-            f"{owner}: objective must return {wanted}, but it returned a tensor of shape {tuple(value.shape)}; "
-            f"{'sum over each item alone' if border.batch else 'return its mean or sum'}."
-        )
-    return value.sum()
+    return objective_values(border.equation.owner, value, border.batch).sum()
 
 
 def gradient_of(total: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:

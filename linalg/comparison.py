@@ -17,7 +17,7 @@ from .preconditioner import Preconditioner
 from .result import Status
 from .solver import Solution
 
-__all__ = ["Comparison", "PreconditionerReport", "compare_preconditioners"]
+__all__ = ["Comparison", "PreconditionerReport", "compare_preconditioners", "named_row"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ class Comparison:
 
     def __getitem__(self, name: str) -> PreconditionerReport:
         """The line of this name."""
-        rows = {row.name: row for row in self.rows}
-        if name not in rows:
-            raise KeyError(f"Comparison: {name!r} was not compared; there are {', '.join(rows)}.")
-        return rows[name]
+        row: PreconditionerReport = named_row(self, name)
+        return row
 
     @property
     def worse(self) -> tuple[str, ...]:
@@ -87,6 +85,25 @@ class Comparison:
                 f"{condition:>8}  {row.verdict}"
             )
         return "\n".join(lines)
+
+
+def named_row(table: Any, name: str) -> Any:
+    """The row of this name.
+
+    Args:
+        table: has `rows`, each with a `name`.
+        name: of the row.
+
+    Returns:
+        The row.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    rows = {row.name: row for row in table.rows}
+    if name not in rows:
+        raise KeyError(f"{type(table).__name__}: {name!r} was not compared; there are {', '.join(rows)}.")
+    return rows[name]
 
 
 def compare_preconditioners(

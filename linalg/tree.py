@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
@@ -88,6 +88,31 @@ class Ravel:
                         f"{here}; convert them with .to({first!r})."
                     )
         return cls(treespec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device, name)
+
+    def items(self, owner: str, batch_dims: int) -> tuple[Ravel, torch.Size]:
+        """The map of one item of a tree whose first dimensions count items.
+
+        Args:
+            owner: in whose name errors are raised.
+            batch_dims: how many dimensions; they must be the same in every leaf.
+
+        Returns:
+            The map, and the batch's shape.
+
+        Raises:
+            ValueError: if batch_dims is no integer >= 0, or the leaves do not begin with the same dimensions.
+        """
+        if not isinstance(batch_dims, int) or batch_dims < 0:
+            raise ValueError(f"{owner}: batch_dims must be an integer >= 0, but got {batch_dims!r}.")
+        batch = self.shapes[0][:batch_dims]
+        for i, shape in enumerate(self.shapes):
+            if len(shape) < batch_dims or shape[:batch_dims] != batch:
+                path = leaf_paths(optree.tree_unflatten(self.treespec, range(len(self.shapes))), self.name)[i]
+                raise ValueError(
+                    f"{owner}: with batch_dims={batch_dims} every leaf of {self.name} must begin with the same "
+                    f"{batch_dims} dimensions, {tuple(batch)}, but {path} has shape {tuple(shape)}."
+                )
+        return replace(self, shapes=tuple(shape[batch_dims:] for shape in self.shapes)), batch
 
     @property
     def size(self) -> int:

@@ -4,6 +4,7 @@ Each function of nestopt whose signature names jaxtyping shapes is checked at ev
 would wrap all functions, shapes or not, and make iterative tests two to three times as slow.
 """
 
+import gc
 import importlib.abc
 import importlib.machinery
 import inspect
@@ -95,6 +96,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Leaves what the imports made out of every later garbage collection: laws of memory count what came after it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Seeds torch, NumPy and random, and puts torch's defaults back afterwards."""
@@ -127,6 +134,17 @@ def _unchecked_shapes(request: pytest.FixtureRequest):
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Runs the test once in each precision."""
     return request.param
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile as in a new process, with its counters at zero."""
+    import torch._dynamo  # not above: it takes a second, which most tests need not
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

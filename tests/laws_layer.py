@@ -212,9 +212,9 @@ def check_transforms(case: Case, g: torch.Generator) -> None:
             for e in first[i].reshape(-1)
         ]
         wanted = torch.stack(rows).reshape(theta[i].shape * 2)
-        for outer, inner in ((jacfwd, jacrev), (jacrev, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        for outer, inner in ((jacrev, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
             agree(outer(inner(value, i), i)(*theta), wanted, 100 * case.atol)
-        agree(hessian(value, i)(*theta), wanted, 100 * case.atol)
+        agree(hessian(value, i)(*theta), wanted, 100 * case.atol)  # jacfwd of jacrev
 
 
 def check_vmap(case: Case, g: torch.Generator) -> None:
@@ -248,12 +248,12 @@ def check_vmap(case: Case, g: torch.Generator) -> None:
         (leaf,) = leaves_of([mixed[i]])
         agree(torch.autograd.grad(sums(leaf), leaf)[0], total, case.atol)
         other = next((k for k in reversed(every) if k != i), None)
-        if other is not None:  # nested: every value of the shared one with every item
-            inner = vmap(grad(value, other), dims)
-            nested = vmap(lambda t, i=i, mixed=mixed, inner=inner: inner(*mixed[:i], t, *mixed[i + 1 :]))(stacked[i])
+        if other is not None:  # nested: two values of the shared one, each with every item
+            inner, pair = vmap(grad(value, other), dims), stacked[i][:2]
+            nested = vmap(lambda t, i=i, mixed=mixed, inner=inner: inner(*mixed[:i], t, *mixed[i + 1 :]))(pair)
             wanted = [
                 torch.stack([grad(value, other)(*(t if k == i else item[k] for k in every)) for item in items])
-                for t in stacked[i]
+                for t in pair
             ]
             agree(nested, torch.stack(wanted), case.atol)
 
@@ -462,7 +462,7 @@ def check_module(case: Case, g: torch.Generator) -> None:
         assert float((a.double() - b).abs().max()) <= 1e-2 * max(1.0, float(b.abs().max()))
 
 
-def check_memory(case: Case, g: torch.Generator, steps: int = 30) -> None:
+def check_memory(case: Case, g: torch.Generator, steps: int = 20) -> None:
     """Training keeps no tensor alive from step to step."""
     inputs = leaves_of(case.example(g))
     optimizer = torch.optim.SGD(inputs, lr=1e-6)

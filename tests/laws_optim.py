@@ -240,3 +240,11 @@ def check_kink(s: Set, x: Tensor, radius: float = 1e-6, tolerance: float = 1e-4)
     assert float((smooth - D).abs().flatten(-2).amax(-1).amin(0).max()) <= tolerance
     automatic = torch.func.vmap(torch.func.jacrev(s.project))(near[0]).reshape(smooth[0].shape)
     assert float((automatic - smooth[0]).abs().max()) <= 1e-9
+
+
+def check_kink_of_projection(s: Set, x: Tensor) -> None:
+    """`check_kink`, and the derivative of `project` at the kinks themselves is the documented D."""
+    check_kink(s, x)
+    D = s.jacobian(x).to_dense()
+    automatic = torch.func.vmap(torch.func.jacrev(s.project))(x).reshape(D.shape)
+    assert torch.allclose(automatic, D, rtol=0, atol=1e-12)

@@ -153,6 +153,41 @@ def test_a_failed_item_raises_only_where_it_is_asked_for(generator):
         torch.autograd.grad(z.x.sum(), theta)
 
 
+def test_a_record_changes_no_gradient(generator):
+    items = [random_program(generator, 5, 2, 6) for _ in range(3)]
+    theta = [torch.stack(column).requires_grad_() for column in zip(*items, strict=True)]
+    v = torch.randn(3, 5, generator=generator, dtype=D)
+    monitor = Monitor()
+    measured = torch.autograd.grad(solve_qp(*theta, monitor=monitor).x, theta, v)
+    plain = torch.autograd.grad(solve_qp(*theta).x, theta, v)
+    assert monitor.converged and monitor.last("adjoint").error.shape == (3,)
+    assert all(torch.equal(a, b) for a, b in zip(measured, plain, strict=True))
+
+
+def test_gradients_of_some_matrices_are_those_of_all(generator):
+    items = [random_program(generator, 5, 2, 6) for _ in range(3)]
+    theta = [torch.stack(column) for column in zip(*items, strict=True)]
+    every = [t.clone().requires_grad_() for t in theta]
+    whole = torch.autograd.grad(solve_qp(*every).x.sin().sum(), every)
+    assert torch.equal(whole[0], whole[0].mT)
+    for k in (0, 2, 4):
+        some = [t.clone().requires_grad_(i == k) for i, t in enumerate(theta)]
+        (found,) = torch.autograd.grad(solve_qp(*some).x.sin().sum(), some[k])
+        agree(found, whole[k], 1e-13)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_a_cotangent_that_is_no_number_is_named(wrong, generator):
+    """Also where no active row would see it."""
+    theta = [t.requires_grad_() for t in random_program(generator, 4, 1, 4)]
+    z = solve_qp(*theta)
+    v = torch.zeros(4, dtype=D)
+    v[z.inequality_dual.detach().argmin()] = wrong
+    assert z.inequality_dual.min() == 0
+    with pytest.raises(SolverError, match="NON_FINITE"):
+        torch.autograd.grad(z.inequality_dual, theta, v)
+
+
 def test_bounds_are_rows_of_both_signs(generator):
     Q, q, low, high = box_example(generator)
     eye = torch.eye(3, dtype=D)
@@ -171,6 +206,17 @@ def test_an_absent_limit_has_gradient_zero():
     agree(z.x.detach(), torch.tensor([1.0, 0.5], dtype=D), 1e-12)
     found = torch.autograd.grad(z.x.sum() + z.value, (h, high))
     agree(found, (torch.tensor([-1.0, 0.0], dtype=D), torch.tensor([0.0, -0.5], dtype=D)), 1e-12)
+
+
+@pytest.mark.parametrize("policy", ["strong", "active", "mean"])
+def test_an_absent_limit_is_never_weakly_active(policy):
+    """However large the unit is in which slacks are measured."""
+    h = torch.tensor([1e9, torch.inf], dtype=D, requires_grad=True)
+    q = torch.tensor([-2e9, 1.0], dtype=D)
+    z = solve_qp(torch.eye(2, dtype=D), q, G=torch.eye(2, dtype=D), h=h, degenerate=policy)
+    assert (z.weakly_active, z.deficient) == (0, False)
+    (found,) = torch.autograd.grad(z.x.sum() + z.value + z.inequality_dual.sum(), h)
+    agree(found, torch.tensor([1.0 - 1e9 - 1.0, 0.0], dtype=D), 1e-12 * 1e9)
 
 
 def test_no_graph_without_grad_and_inference_mode(generator):

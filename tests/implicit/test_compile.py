@@ -2,29 +2,14 @@
 
 import pytest
 import torch
-import torch._dynamo
+from compiled import COMPILED, graphs
 from torch import nn
 
 from nestopt import implicit
 from nestopt.linalg import GMRES
 
 D = torch.float64
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the compiler's own imports
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+pytestmark = COMPILED
 
 
 class Map(nn.Module):
@@ -156,6 +141,52 @@ def test_a_compiled_finder_runs_compiled_inside(generator):
     compiled = torch.compile(model, backend="aot_eager")
     assert torch.allclose(compiled(x), Model.forward(model, x), atol=1e-12)
     assert graphs() == 3
+
+
+def newton(f, y):
+    """Two steps written out, with second derivatives, which no compiled graph has."""
+    for_every = torch.ones(y.shape[:-1], dtype=D)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        (g,) = torch.autograd.grad(f(leaf), leaf, for_every, create_graph=True)
+        H = torch.stack([torch.autograd.grad(g[:, i].sum(), leaf, retain_graph=True)[0] for i in range(3)], -2)
+    y = y - torch.linalg.solve(H, g.detach())
+    for _ in range(12):
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            (g,) = torch.autograd.grad(f(leaf), leaf, for_every)
+        y = y - torch.linalg.solve(H, g)
+    return y
+
+
+def test_a_finder_that_differentiates_twice(generator):
+    model = Model(implicit.ArgminLayer(Energy(), newton, batch_dims=1))
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(4, 3, generator=generator, dtype=D)
+        found, truth = (torch.autograd.grad(m(x), list(model.parameters())) for m in (compiled, model))
+        for a, b in zip(found, truth, strict=True):
+            assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_an_error_of_the_finder_leaves_the_compiler_as_it_was(generator):
+    def failing(T, y):
+        if y.shape[0] == 5:
+            raise ValueError("five")
+        return repeated(T, y)
+
+    model = Model(implicit.FixedPointLayer(Map(), failing, batch_dims=1))
+    weight = model.layer.function.W
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 3, generator=generator, dtype=D)
+    compiled(x)
+    with pytest.raises(ValueError, match="five"):
+        compiled(torch.ones(5, 3, dtype=D))
+    assert model.layer.function.W is weight
+    assert torch.allclose(compiled(x), model(x), atol=1e-12)
+    before = graphs()
+    assert torch.allclose(compiled(2 * x), model(2 * x), atol=1e-12)
+    assert graphs() == before
 
 
 def test_a_whole_graph_is_refused_with_the_reason():

@@ -1,9 +1,15 @@
-"""One rank of the processes that test_parallel.py starts; a failed assertion is a non-zero exit."""
+"""The ranks that test_parallel.py starts, forked from one process; a failed assertion is a non-zero exit.
+
+`parallel_worker.py all PROCESSES STORE` or
+`parallel_worker.py die STORE FATE`.
+"""
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -174,22 +180,48 @@ def die(rank, fate):
     os._exit(3)
 
 
-def main():
-    if sys.argv[1] == "die":
-        rank, path, fate = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-        dist.init_process_group(
-            "gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=3)
-        )
-        die(rank, fate)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-    rank, size, counter = dist.get_rank(), dist.get_world_size(), Counter()
+def agree(rank, size):
+    counter = Counter()
     data_parallel(rank, size, counter)
     sharded(rank, size, counter)
     dist.barrier()
     if rank == 0:
         print("all equal", flush=True)
     dist.destroy_process_group()
+
+
+def start(rank, size, store, seconds, function):
+    """Forks a rank: this process has imported, which takes longer than all that a rank does, and has no threads."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+        )
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main():
+    if sys.argv[1] == "die":
+        store, fate = sys.argv[2:]
+        first, last = (start(rank, 2, store, 3, lambda rank=rank: die(rank, fate)) for rank in range(2))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])]
+        os.kill(last, signal.SIGKILL)  # it has ended or sleeps; until it is waited for, its number is its own
+        os.waitpid(last, 0)
+    else:
+        size, store = int(sys.argv[2]), sys.argv[3]
+        ranks = [start(rank, size, store, 60, lambda rank=rank: agree(rank, size)) for rank in range(size)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    sys.exit(any(codes))
 
 
 if __name__ == "__main__":

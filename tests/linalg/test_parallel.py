@@ -23,13 +23,16 @@ def environment():
     return {**found, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
+def worker(*arguments):
+    """Runs the ranks to their end."""
+    command = [sys.executable, "-P", WORKER, *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150, check=False)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_agree_with_one(processes):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), WORKER, "all"]
-    done = subprocess.run(
-        [sys.executable, "-P", *command], env=environment(), capture_output=True, text=True, timeout=150, check=False
-    )
+def test_processes_agree_with_one(processes, tmp_path):
+    done = worker("all", str(processes), str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "all equal" in done.stdout
 
@@ -37,21 +40,9 @@ def test_processes_agree_with_one(processes):
 @pytest.mark.distributed
 @pytest.mark.parametrize("fate", ["ends", "silent"])
 def test_a_lost_rank_is_an_error_within_the_timeout(fate, tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-P", WORKER, "die", str(rank), str(tmp_path / "store"), fate],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        out, err = ranks[0].communicate(timeout=120)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert ranks[0].returncode == 0, err[-3000:]
-    said = json.loads(out.splitlines()[-1])
+    done = worker("die", str(tmp_path / "store"), fate)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
     assert "DataParallel: a collective failed on rank 0 of 2: another rank has ended" in said["message"]
     assert said["seconds"] < 30  # the group's timeout is 3 s: an error and not a hang
 

@@ -1,0 +1,159 @@
+"""Every bilevel method on every problem that meets its assumptions, without tuning: error against time and counts.
+
+The problems and their answers are those of tests/problems.py. Where an answer is known the error is the relative
+distance of x to it (of F, where minimisers are not unique); elsewhere it is the closed form's hypergradient at x,
+relative to the one at the start.
+
+Run: python benchmarks/bilevel.py [--quick] [--methods AID MEHA ...] [--problems quadratic ...] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nestopt import bilevel
+from nestopt.linalg.tree import Ravel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from problems import COUPLED, NONSMOOTH, NOT_UNIQUE, SMOOTH, Answered
+
+ROW = "{:<12} {:<44} {:>13} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9}"
+GROUPS = {"smooth": SMOOTH, "not unique": NOT_UNIQUE, "nonsmooth": NONSMOOTH, "coupled": COUPLED}
+
+
+def vector(tree: Any) -> Tensor:
+    return Ravel.of(tree, "tree").flatten(tree).detach()
+
+
+def error_of(case: Answered, x: Any, value: float) -> float:
+    """How far x is from the answer."""
+    if case.x_star is not None:
+        answer = vector(case.x_star)
+        size = max(float(answer.norm()), float((vector(case.x0) - answer).norm()))
+        return float((vector(x) - answer).norm()) / size
+    if case.value is not None:
+        return abs(value - case.value) / max(abs(case.value), 1.0)
+    assert case.hypergradient is not None
+    slope, first = vector(case.hypergradient(x)), vector(case.hypergradient(case.x0))
+    return float(slope.norm() / first.norm())
+
+
+def suits(method: type[bilevel.Method], case: Answered) -> bool:
+    """Whether the problem meets the method's assumptions."""
+    asked, problem = method.assumptions, case.problem
+    parts = ("upper_set", "lower_set", "lower_prox", "inequality", "equality")
+    present = [part for part in parts if getattr(problem, part) is not None]
+    return all(getattr(asked, part) for part in present) and (case.unique or not asked.unique)
+
+
+def measure(method: type[bilevel.Method], case: Answered) -> dict[str, Any]:
+    """One run with the method's defaults, and its path."""
+    path: list[dict[str, float]] = []
+    begun, outside = time.perf_counter(), 0.0
+
+    def watch(_: int, state: Any) -> None:
+        nonlocal outside
+        now = time.perf_counter()
+        if not path or int(state.iterations) >= 1.02 * path[-1]["iteration"] + 1:
+            path.append(
+                {
+                    "iteration": int(state.iterations),
+                    "seconds": now - begun - outside,
+                    "error": error_of(case, state.x, float(state.value)),
+                    "gradients": state.counts.upper_evaluations + state.counts.lower_gradients,
+                    "products": state.counts.products,
+                }
+            )
+        outside += time.perf_counter() - now
+
+    result = bilevel.solve(case.problem, case.x0, case.y0, method(), callbacks=[watch])
+    counts = result.counts
+    return {
+        "status": result.status.name,
+        "error": error_of(case, result.x, result.value),
+        "certified": result.error,
+        "tolerance": result.tolerance,
+        "seconds": time.perf_counter() - begun - outside,
+        "steps": int(result.iterations),
+        "gradients": counts.upper_evaluations + counts.lower_gradients,
+        "products": counts.products,
+        "path": path,
+    }
+
+
+def environment() -> dict[str, Any]:
+    info, cpu = Path("/proc/cpuinfo"), platform.processor()
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def draw(rows: list[dict[str, Any]], output: Path) -> None:
+    """Error against seconds and against gradients plus products, for one problem of each group."""
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    axes = figure.subplots(2, len(GROUPS))
+    for column, (group, cases) in enumerate(GROUPS.items()):
+        name = cases[min(1, len(cases) - 1)].name
+        for row in (row for row in rows if row["problem"] == name):
+            error = [max(point["error"], 1e-16) for point in row["path"]]
+            work = [point["gradients"] + point["products"] for point in row["path"]]
+            axes[0][column].loglog([point["seconds"] for point in row["path"]], error, label=row["method"])
+            axes[1][column].loglog(work, error, label=row["method"])
+        axes[0][column].set(title=f"{group}: {name}", xlabel="seconds", ylabel="relative error")
+        axes[1][column].set(xlabel="gradients and products", ylabel="relative error")
+        if axes[1][column].lines:
+            axes[1][column].legend(frameon=False, fontsize=6, ncols=2)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = sorted(row["method"] for row in bilevel.methods())
+    parser.add_argument("--quick", action="store_true", help="two problems of each group")
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--problems", nargs="+", default=[""], help="beginnings of problems' names")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "bilevel.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(ROW.format("method", "problem", "status", "error", "certified", "seconds", "steps", "grads", "products"))
+    rows = []
+    for name in options.methods:
+        method = getattr(bilevel, name)
+        for group, cases in GROUPS.items():
+            for case in cases[:2] if options.quick else cases:
+                if not suits(method, case) or not case.name.startswith(tuple(options.problems)):
+                    continue
+                try:
+                    found = measure(method, case)
+                except Exception as problem:
+                    found = {"status": type(problem).__name__, "message": str(problem), "path": []}
+                rows.append({"method": name, "group": group, "problem": case.name, **found})
+                figures = [found.get(key, float("nan")) for key in ("error", "certified")]
+                counts = [found.get(key, 0) for key in ("steps", "gradients", "products")]
+                seconds = f"{found.get('seconds', 0.0):.2f}"
+                head = (name, case.name[:44], found["status"])
+                print(ROW.format(*head, *(f"{figure:.1e}" for figure in figures), seconds, *counts), flush=True)
+    options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    draw(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
