@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .problem import Problem
 
-__all__ = ["Assumptions", "methods", "require"]
+__all__ = ["Assumptions", "MethodTable", "methods", "require"]
 
 _FEATURES = {
     "upper_set": "an upper set",
@@ -69,18 +69,42 @@ def require(method: Any, problem: Problem) -> None:
         )
 
 
-def methods() -> list[dict[str, Any]]:
-    """The table of all methods and their assumptions, one dict a method.
+class MethodTable(list[dict[str, Any]]):
+    """One dict a method: its name and the fields of its Assumptions; printed as a Markdown table."""
+
+    def __str__(self) -> str:
+        heads = "method | family | upper set | lower level | constraints | lower solution | uses | data | paper"
+        rows = [f"| {heads} |", "|---" * 9 + "|"]
+        for row in self:
+            kept = [name for name in ("set", "prox") if row[f"lower_{name}"]]
+            sides = [symbol for name, symbol in (("inequality", "g <= 0"), ("equality", "h = 0")) if row[name]]
+            cells = (
+                f"`{row['method']}`",
+                row["family"],
+                "yes" if row["upper_set"] else "",
+                ", ".join(kept),
+                ", ".join(sides),
+                "unique" if row["unique"] else "any",
+                "products" if row["products"] else "gradients",
+                "minibatches" if row["stochastic"] else "all",
+                row["reference"],
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+        return "\n".join(rows)
+
+
+def methods() -> MethodTable:
+    """The table of all methods and their assumptions; `print` shows it.
 
     Returns:
-        Dicts with the name and the fields of Assumptions.
+        The table, a list of dicts.
 
     Example:
         >>> from nestopt import bilevel
         >>> next(row["family"] for row in bilevel.methods() if row["method"] == "AID")
         'implicit'
     """
-    return [{"method": cls.__name__, **vars(cls.assumptions)} for cls in _classes()]
+    return MethodTable({"method": cls.__name__, **vars(cls.assumptions)} for cls in _classes())
 
 
 def _classes() -> list[Any]:

@@ -11,6 +11,7 @@ from nestopt.linalg import LinearOperator
 from nestopt.linalg.autodiff import GraphOperator, gradient
 from nestopt.linalg.lanczos import extreme_eigenvalues, operator_norm
 
+from .optimality import Optimality
 from .problem import Linearization
 
 __all__ = ["Certificate", "Constants", "certify"]
@@ -26,9 +27,9 @@ class Constants:
     its gradient in y is the residual of the adjoint system.
 
     Attributes:
-        strong_convexity: lower bound mu of the eigenvalues of f_yy; 0 when none is known.
-        largest_curvature: largest eigenvalue of f_yy.
-        cross: norm of f_xy.
+        strong_convexity: lower bound mu of the eigenvalues of f_yy (singular values of R_z); 0 when none is known.
+        largest_curvature: largest eigenvalue of f_yy (singular value of R_z).
+        cross: norm of f_xy (R_x).
         upper_lower: norm of psi_xy.
         lower_lower: norm of psi_yy.
         products: products with derivatives that the estimates took.
@@ -60,7 +61,7 @@ class Certificate:
 
 
 def certify(
-    point: Linearization,
+    point: Linearization | Optimality,
     adjoint: Tensor,
     residual_norm: float,
     strong_convexity: float | None = None,
@@ -81,8 +82,12 @@ def certify(
     that fail with a probability of 1e-8 over the random start. Where Lanczos cannot prove a positive mu within `effort`
     products (about the root of the condition number, or the dimension, is what it needs) the bound is inf.
 
+    For the conditions R(x, z) = 0 of a constrained or non-smooth lower level the same holds, to first order in delta,
+    with R in place of f_y, z of y, and of eigenvalues the singular values of R_z, a matrix that has to be formed; as
+    long as the same rows, and the same piece of the prox, are active at z and z*.
+
     Args:
-        point: both objectives at (x, y).
+        point: both objectives at (x, y), or the optimality conditions there.
         adjoint: the computed v.
         residual_norm: |F_y - H v|, measured.
         strong_convexity: mu, when known; every eigenvalue of f_yy must be at least this between y and y*.
@@ -112,27 +117,35 @@ def certify(
 
 
 def _estimate(
-    point: Linearization, adjoint: Tensor, strong_convexity: float | None, effort: int, seed: int
+    point: Linearization | Optimality, adjoint: Tensor, strong_convexity: float | None, effort: int, seed: int
 ) -> tuple[Constants, float | None]:
-    spaces = point.spaces
+    equations = isinstance(point, Optimality)
+    out, into = (point.ravel, point.ravel_x) if isinstance(point, Optimality) else (point.spaces.y, point.spaces.x)
     generator = torch.Generator(adjoint.device).manual_seed(seed)
-    steps = max(effort, spaces.y.size) if spaces.y.size <= _SMALL else effort
+    steps = max(effort, out.size) if out.size <= _SMALL else effort
     known = strong_convexity is not None
-    spectrum = extreme_eigenvalues(point.hessian, steps=steps, rtol=0.2, generator=generator, need_lowest=not known)
-    mu = max(float(spectrum.lowest_bound), 0.0) if strong_convexity is None else strong_convexity
+    if equations:
+        sigma = torch.linalg.svdvals(point.hessian.to_dense())
+        top, lowest, spent = float(sigma[0]), float(sigma[-1]), 0
+        rounding = 10 * out.size * torch.finfo(sigma.dtype).eps * top
+        mu = max(lowest - rounding, 0.0)
+    else:
+        spectrum = extreme_eigenvalues(point.hessian, steps=steps, rtol=0.2, generator=generator, need_lowest=not known)
+        mu = max(float(spectrum.lowest_bound), 0.0) if strong_convexity is None else strong_convexity
+        top, lowest = max(abs(float(spectrum.lowest)), abs(float(spectrum.highest))), float(spectrum.lowest)
+        spent = spectrum.products
     slopes = point.lower_y_graph_beyond()  # psi is differentiated twice more
     psi = point.upper_graph - sum(
-        ((g * v).sum() for g, v in zip(slopes, spaces.y.split(adjoint), strict=True)),
+        ((g * v).sum() for g, v in zip(slopes, out.split(adjoint), strict=True)),
         torch.zeros((), dtype=adjoint.dtype, device=adjoint.device),
     )
     psi_y = gradient(psi, point.y_leaves, create_graph=True)
     operators: list[LinearOperator] = [
         point.cross,
-        GraphOperator(psi_y, point.x_leaves, spaces.y, spaces.x),
-        GraphOperator(psi_y, point.y_leaves, spaces.y, spaces.y, symmetric=True),
+        GraphOperator(psi_y, point.x_leaves, out, into),
+        GraphOperator(psi_y, point.y_leaves, out, out, symmetric=True),
     ]
     norms = [operator_norm(operator, steps=steps, rtol=0.2, generator=generator) for operator in operators]
     cross, upper_lower, lower_lower = (float(norm.bound) for norm in norms)
-    top = max(abs(float(spectrum.lowest)), abs(float(spectrum.highest)))
-    spent = spectrum.products + sum(norm.products for norm in norms)
-    return Constants(mu, top, cross, upper_lower, lower_lower, spent), None if known else float(spectrum.lowest)
+    spent += sum(norm.products for norm in norms)
+    return Constants(mu, top, cross, upper_lower, lower_lower, spent), None if known else lowest

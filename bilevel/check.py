@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.implicit import Minimizer, NewtonCG
+from nestopt.implicit import NewtonCG
 from nestopt.linalg import LinearSolver
 
 from .estimate import hypergradient
-from .evaluation import LowerLevel
+from .lower_level import LowerSolver, SmoothLevel, lower_level
 from .problem import Problem, Spaces
 
 __all__ = ["HypergradientCheck", "HypergradientError", "check_hypergradient"]
@@ -57,7 +57,7 @@ def check_hypergradient(
     directions: int = 5,
     *,
     linear_solver: LinearSolver | None = None,
-    lower_solver: Minimizer | None = None,
+    lower_solver: LowerSolver | None = None,
     data: Any = None,
     rtol: float | None = None,
     step: float | None = None,
@@ -72,12 +72,13 @@ def check_hypergradient(
     Cost: one hypergradient and 4 lower solves a direction.
 
     Args:
-        problem: with a smooth, unconstrained lower level.
+        problem: the problem; where a constraint becomes active, or a prox has a kink, within h of x, the differences
+            disagree with every one-sided derivative, and say so.
         x: upper variable.
         y: the computed lower solution whose hypergradient is to be checked.
         directions: how many random directions.
         linear_solver: of the hypergradient.
-        lower_solver: of the re-solves; it must be accurate, as NewtonCG() is.
+        lower_solver: of the re-solves; it must be accurate, as the kind's own (None) is.
         data: third argument of the objectives, when they take one.
         rtol: allowed error relative to |hypergradient|, beyond the differences' own uncertainty; None for 1e-5 in
             float64 and 2e-2 in float32.
@@ -106,11 +107,13 @@ def check_hypergradient(
     eps = torch.finfo(x_vector.dtype).eps
     h = eps**0.2 * max(1.0, float(x_vector.norm())) if step is None else step
     rtol = (1e-5 if x_vector.dtype == torch.float64 else 2e-2) if rtol is None else rtol
-    solver = NewtonCG(rtol=0.0, atol=0.0) if lower_solver is None else lower_solver
-    level = LowerLevel(problem, spaces, solver, linear_solver=None, data=data)  # type: ignore[arg-type]
+    level = lower_level(problem, spaces, data, lower_solver)
+    if isinstance(level, SmoothLevel) and lower_solver is None:
+        level = lower_level(problem, spaces, data, NewtonCG(rtol=0.0, atol=0.0))
 
     def phi(point: Tensor) -> Tensor:
-        return level.solve(point, y_vector, None).value
+        found = level.solve(point, y_vector, hg.dual if len(hg.dual) else None)
+        return problem.oracle(spaces, data).values(point, found.y)[0]
 
     generator = torch.Generator().manual_seed(seed)
     vector = spaces.x.flatten(hg.value)

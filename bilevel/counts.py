@@ -17,6 +17,7 @@ class Counts:
         products: products with second derivatives of f.
         lower_solves: runs of the lower solver.
         constraint_evaluations: values of the constraints.
+        samples: samples that all of these saw together, where the data say how many a batch has.
     """
 
     upper_evaluations: int = 0
@@ -24,6 +25,7 @@ class Counts:
     products: int = 0
     lower_solves: int = 0
     constraint_evaluations: int = 0
+    samples: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nestopt.implicit import Minimizer
 from nestopt.linalg import LinearSolver, Status
 from nestopt.linalg.result import all_finite
 
 from .counts import Counts
 from .estimate import solve_adjoint
-from .oracle import part_of
+from .lower_level import LowerLevel, LowerSolver, lower_level
+from .optimality import Optimality
 from .problem import Linearization, Problem, Spaces
 
-__all__ = ["Evaluation", "LowerLevel"]
+__all__ = ["Evaluation", "Evaluator"]
 
 _FATAL = (
     Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.NON_FINITE, Status.BREAKDOWN, Status.DIVERGED,
 )  # fmt: skip
+_LOST = (Status.NON_FINITE, Status.DIVERGED, Status.INFEASIBLE, Status.UNBOUNDED)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class Evaluation:
     Attributes:
         x: raveled upper variable.
         y: raveled lower solution.
+        dual: multipliers of the lower level's constraints, inequalities first; empty where there are none.
         value: F(x, y).
-        lower_residual: |f_y(x, y)|, measured.
-        point: the linearized objectives; dropped as soon as the hypergradient is there.
+        lower_residual: |f_y(x, y)|, or that of the optimality conditions (see `Optimality`), measured.
+        point: the linearized conditions; dropped as soon as the hypergradient is there.
         counts: what it cost.
         fault: why nothing can be made of it, or None.
         hypergradient: raveled, when it was asked for.
@@ -44,9 +47,10 @@ class Evaluation:
 
     x: Tensor
     y: Tensor
+    dual: Tensor
     value: Tensor
     lower_residual: Tensor
-    point: Linearization | None
+    point: Linearization | Optimality | None
     counts: Counts
     fault: Status | None = None
     hypergradient: Tensor | None = None
@@ -63,57 +67,69 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class LowerLevel:
+class Evaluator:
     """The lower solver and the adjoint's linear solver of a problem.
 
     Args:
-        problem: the problem.
-        spaces: of x and y.
-        minimizer: for the lower level.
+        level: the lower level.
         linear_solver: for the adjoint system.
-        data: passed on to the objectives when not None.
     """
 
-    problem: Problem
-    spaces: Spaces
-    minimizer: Minimizer
+    level: LowerLevel
     linear_solver: LinearSolver
-    data: Any = None
 
-    def solve(self, x: Tensor, y: Tensor, tolerance: float | None, *, check: bool = False) -> Evaluation:
-        """y*(x) from y, to |f_y| <= tolerance (None: the minimizer's own), and F there.
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        spaces: Spaces,
+        lower_solver: LowerSolver | None,
+        linear_solver: LinearSolver | None,
+        data: Any = None,
+    ) -> Evaluator:
+        """The evaluator of a problem, with its kind's own solvers where None is given.
+
+        Args:
+            problem: the problem.
+            spaces: of x and y.
+            lower_solver: for the lower level.
+            linear_solver: for the adjoint system.
+            data: passed on to the objectives when not None.
+
+        Returns:
+            The evaluator.
+        """
+        level = lower_level(problem, spaces, data, lower_solver)
+        return cls(level, level.default_linear_solver() if linear_solver is None else linear_solver)
+
+    def solve(
+        self, x: Tensor, y: Tensor, tolerance: float | None, dual: Tensor | None = None, *, check: bool = False
+    ) -> Evaluation:
+        """y*(x) from y, to |f_y| <= tolerance (None: the solver's own), and F there.
 
         Args:
             x: raveled upper variable.
-            y: where the minimizer starts.
+            y: where the solver starts.
             tolerance: absolute.
+            dual: multipliers to start from.
             check: also refuse unused variables and captured tensors.
 
         Returns:
             The Evaluation, without a hypergradient.
         """
+        level = self.level
         if check:
-            Linearization(self.problem, self.spaces, x, y, self.data).check()
-        x_tree = self.spaces.x.unflatten(x)
-
-        def lower(y_tree: Any) -> Tensor:
-            part = part_of(self.data, "lower")
-            arguments = (x_tree, y_tree) if part is None else (x_tree, y_tree, part)
-            return self.problem.lower(*arguments)
-
-        solved = self.minimizer(lower, self.spaces.y.unflatten(y), tolerance)
-        y = self.spaces.y.flatten(solved.x)
-        point = Linearization(self.problem, self.spaces, x, y, self.data)
-        counts = Counts(1, solved.gradients + 1, solved.products, 1)
-        status = solved.status
-        assert isinstance(status, Status)
-        fault = status if status in (Status.NON_FINITE, Status.DIVERGED) else None
+            level.check(x, y)
+        found = level.solve(x, y, dual, 0.0, tolerance)
+        point = level.linearize(x, found.y, found.dual)
+        counts = found.counts + Counts(1, 1)
+        fault = found.status if found.status in _LOST else None
         if not point.finite():
             fault = Status.NON_FINITE
-        return Evaluation(x, y, point.upper, point.lower_y.norm(), point, counts, fault)
+        return Evaluation(x, found.y, found.dual, point.upper, _residual(point), point, counts, fault)
 
-    def lower_gradient_norm(self, x: Tensor, y: Tensor) -> float:
-        """|f_y(x, y)|, the scale of relative tolerances for the lower level.
+    def lower_residual(self, x: Tensor, y: Tensor) -> float:
+        """The residual of the lower level at a point, the scale of relative tolerances.
 
         Args:
             x: raveled upper variable.
@@ -122,7 +138,7 @@ class LowerLevel:
         Returns:
             The norm.
         """
-        return float(Linearization(self.problem, self.spaces, x, y, self.data).lower_y.norm())
+        return float(_residual(self.level.linearize(x, y, self.level.first_dual(x, y))))
 
     def differentiate(self, e: Evaluation, adjoint: Tensor | None, enough: float = math.inf) -> Evaluation:
         """The same evaluation with its hypergradient.
@@ -135,15 +151,28 @@ class LowerLevel:
         Returns:
             The Evaluation with hypergradient, adjoint and residual; its graphs are dropped.
         """
-        assert e.point is not None
-        value, solution = solve_adjoint(e.point, self.linear_solver, adjoint, enough)
+        point = e.point
+        assert point is not None
+        if e.fault is not None and not point.finite():
+            nothing = torch.full_like(e.x, torch.nan)
+            lost = e.value.new_tensor(torch.nan)
+            return replace(
+                e, point=None, hypergradient=nothing, adjoint=torch.full_like(point.lower_y, torch.nan),
+                linear_residual=lost, scale=lost,
+            )  # fmt: skip
+        value, solution = solve_adjoint(point, self.linear_solver, adjoint, enough)
         status = solution.status
         assert isinstance(status, Status)
-        fault = status if status in _FATAL else None
+        fault = e.fault if e.fault is not None else status if status in _FATAL else None
         if fault is None and not all_finite(value):
             fault = Status.NON_FINITE
-        return Evaluation(
-            e.x, e.y, e.value, e.lower_residual, None, e.counts + Counts(products=solution.products + 1), fault,
-            value, solution.x, value.new_tensor(float(solution.residual_norm)),
-            e.point.upper_x.norm() + (e.point.upper_x - value).norm(),
+        products = solution.products + 1 + (point.products if isinstance(point, Optimality) else 0)
+        return replace(
+            e, point=None, counts=e.counts + Counts(products=products), fault=fault, hypergradient=value,
+            adjoint=solution.x, linear_residual=value.new_tensor(float(solution.residual_norm)),
+            scale=point.upper_x.norm() + (point.upper_x - value).norm(),
         )  # fmt: skip
+
+
+def _residual(point: Linearization | Optimality) -> Tensor:
+    return point.residual if isinstance(point, Optimality) else point.lower_y.norm()

@@ -17,6 +17,7 @@ def largest_curvature(
     steps: int = 10,
     seed: int = 0,
     slope: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm,
 ) -> tuple[Tensor, Tensor]:
     """|lambda|_max of the symmetric Jacobian of a gradient field, by power steps on differences of gradients.
 
@@ -32,6 +33,7 @@ def largest_curvature(
         steps: power steps.
         seed: of the random start.
         slope: g(at), when it is known.
+        norm: of the space; an Oracle's, where vectors are spread over processes.
 
     Returns:
         The estimate, a 0-d tensor, and the direction where it was seen.
@@ -44,13 +46,13 @@ def largest_curvature(
     """
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(at.shape, generator=generator, dtype=torch.float64).to(at)
-    u = u / u.norm().clamp_min(torch.finfo(at.dtype).tiny)
+    u = u / norm(u).clamp_min(torch.finfo(at.dtype).tiny)
     base = gradient(at) if slope is None else slope
-    t = torch.finfo(at.dtype).eps ** 0.5 * max(1.0, float(at.norm()))
+    t = torch.finfo(at.dtype).eps ** 0.5 * max(1.0, float(norm(at)))
     best, where = at.new_zeros(()), u
     for _ in range(steps):
         image = (gradient(at + t * u) - base) / t
-        size = image.norm()
+        size = norm(image)
         if not bool(size > 0):  # a flat direction, or NaN, which the caller's own check names
             break
         if bool(size > best):

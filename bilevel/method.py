@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestopt.linalg import Result, Status, Stopping, iterate
+from nestopt.linalg import Result, SolverError, Status, Stopping, iterate
 
 from .assumptions import Assumptions
 from .callbacks import Callback, History, Run
 from .counts import Counts
+from .held import HeldCheck, measure
+from .inverses import advised
 from .problem import Problem, Spaces
 
 __all__ = ["BilevelResult", "Counts", "Method", "MethodState"]
@@ -84,6 +86,8 @@ class MethodState:
 
 
 def _pack(value: Any) -> Any:
+    if isinstance(value, MethodState):  # a second stage's
+        return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _pack(getattr(value, f.name)) for f in fields(value)}
     return value
@@ -102,6 +106,8 @@ class BilevelResult(Result):
         residuals: the named parts of the error, such as lower, adjoint and upper.
         counts: gradients, products and lower solves.
         history: one record an outer step: value, error, residuals, counts and seconds.
+        method: that found it.
+        reason: why `solve` chose the method; empty where it was given.
     """
 
     y: Any
@@ -110,6 +116,22 @@ class BilevelResult(Result):
     residuals: dict[str, float]
     counts: Counts
     history: list[dict[str, Any]]
+    method: Any = None
+    reason: str = ""
+
+    def unwrap(self) -> Any:
+        """The upper variable if the run converged; see `linalg.Result.unwrap`.
+
+        Returns:
+            `x`.
+
+        Raises:
+            SolverError: otherwise, with the status, the error and the advice.
+        """
+        try:
+            return super().unwrap()
+        except SolverError as error:
+            raise SolverError(advised(error), self) from None
 
 
 class Method(ABC):
@@ -141,6 +163,8 @@ class Method(ABC):
         data: Callable[[int], Any] | None = None,
         callbacks: Iterable[Callable[[int, Any], Any]] = (),
         state: MethodState | None = None,
+        held: Any = None,
+        check_every: int | None = None,
     ) -> BilevelResult:
         """Run the method; see `bilevel.solve` for the arguments."""
         history = History()
@@ -154,15 +178,23 @@ class Method(ABC):
         def batch(k: int) -> Any:
             return None if data is None else data(k)
 
+        check = HeldCheck.of(self, problem, data, held, check_every)
+
+        def step(s: Any) -> Any:
+            moved = self.step(problem, s, batch(int(s.iterations) + 1))
+            return moved if check is None else check.after(s, moved)
+
         if state is None:
             state = self.init(problem, x0, y0, batch(0))
+            state = state if check is None else check.now(state)
         state = iterate(
-            lambda s: self.step(problem, s, batch(int(s.iterations) + 1)),
+            step,
             state,
-            max_iter=max(self.stopping.max_iter - int(state.iterations), 0),
+            max_iter=max(self.max_steps - int(state.iterations), 0),
             tolerance=state.tolerance,
             callbacks=callbacks,
         )
+        state = state if check is None else check.finish(state)
         for callback in callbacks:
             if isinstance(callback, Callback):
                 callback.finish(state)
@@ -177,8 +209,27 @@ class Method(ABC):
             residuals={name: float(value) for name, value in state.residuals.items()},
             counts=state.counts,
             history=history.records,
+            method=self,
             state=state,
         )
+
+    @property
+    def max_steps(self) -> int:
+        """Limit of outer steps of a run: those of the stopping, and of a second stage where a method has one."""
+        return self.stopping.max_iter
+
+    def measure(self, problem: Problem, state: Any, held: Any) -> Any:
+        """The state with its error measured on held data.
+
+        Args:
+            problem: the problem.
+            state: the state.
+            held: third argument of the objectives.
+
+        Returns:
+            The state.
+        """
+        return measure(problem, state, held)
 
     def restore(self, saved: dict[str, Any], x0: Any, y0: Any) -> MethodState:
         """The state that `MethodState.to_dict` saved, for variables structured like x0 and y0.

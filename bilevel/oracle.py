@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,8 +10,10 @@ import optree
 import torch
 from torch import Tensor
 
-from nestopt.linalg.autodiff import evaluate, fresh_leaves, gradient, products
+from nestopt.linalg.autodiff import evaluate, fresh_leaves, gradient, products, reached_leaves
+from nestopt.linalg.guard import describe_captured
 from nestopt.linalg.isolation import isolated
+from nestopt.linalg.tree import leaf_paths
 
 from .counts import Counts
 from .nonsmooth import NonsmoothTerm
@@ -80,6 +83,50 @@ class Oracle:
         self.nonsmooth = NonsmoothTerm(problem, spaces)
         self.counts = Counts()
 
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """Refuse silent zeros, as methods do once at their start: captured tensors and variables that nothing uses.
+
+        Args:
+            x: raveled upper variable.
+            y: raveled lower variable.
+
+        Raises:
+            ValueError: naming the function and the variable.
+        """
+        x_leaves, y_leaves = self._leaves(x, y)
+        values = {name: self._evaluate(name, x_leaves, y_leaves) for name in ("upper", "lower")}
+        if self.nonsmooth.depends_on_x:
+            trees = self.spaces.x.build(x_leaves), self.spaces.y.build(y_leaves)
+            values["lower_prox"] = self.nonsmooth.value(*trees)
+        if self.constrained:
+            values["the constraints"] = self._constraints(x_leaves, y_leaves).sum()
+        known = {id(leaf) for leaf in (*x_leaves, *y_leaves)}
+        used: set[int] = set()
+        for name, value in values.items():
+            leaves = reached_leaves(value)
+            captured = [leaf for leaf in leaves if id(leaf) not in known]
+            if captured:
+                function = getattr(self.problem, name, None)
+                raise ValueError(
+                    f"{name} uses tensors that require grad and are neither in x nor in y: "
+                    f"{describe_captured(function, captured) if callable(function) else len(captured)}; their gradient "
+                    "would be dropped. Put them into x or y, or detach them."
+                )
+            found = {id(leaf) for leaf in leaves}
+            if name in ("upper", "lower") and not any(id(leaf) in found for leaf in y_leaves):
+                raise ValueError(
+                    f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
+                    "torch.no_grad() or an unused argument."
+                )
+            used |= found
+        paths = leaf_paths(self.spaces.x.build(x_leaves), "x")
+        unused = [path for path, leaf in zip(paths, x_leaves, strict=True) if id(leaf) not in used]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} is used by no function of the problem, so its hypergradient would be a silent "
+                "zero; use it, or take it out of x (look for .detach() and torch.no_grad())."
+            )
+
     def upper(self, x: Tensor, y: Tensor) -> Slopes:
         """F with F_x and F_y."""
         return self.weighted(x, y, upper=1.0)
@@ -95,7 +142,7 @@ class Oracle:
         *,
         upper: float | Tensor | None = None,
         lower: float | Tensor | None = None,
-        dual: Tensor | None = None,
+        dual: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> Slopes:
         """A F + b f + <dual, c> with its gradients, by one backward pass.
 
@@ -104,7 +151,8 @@ class Oracle:
             y: raveled lower variable.
             upper: a; None leaves F out, unevaluated.
             lower: b; None likewise.
-            dual: multipliers of the constraints c = (g, h), constants here; None likewise.
+            dual: multipliers of the constraints c = (g, h), constants here, or what gives them from the values of c;
+                None likewise.
 
         Returns:
             The Slopes.
@@ -115,9 +163,11 @@ class Oracle:
             total = total + upper * self._evaluate("upper", x_leaves, y_leaves)
         if lower is not None:
             total = total + lower * self._evaluate("lower", x_leaves, y_leaves)
-        if dual is not None and dual.numel():
-            total = total + dual.detach() @ self._constraints(x_leaves, y_leaves)
         self.counts += Counts(int(upper is not None), int(lower is not None))
+        if dual is not None and (not isinstance(dual, Tensor) or dual.numel()):
+            rows = self._constraints(x_leaves, y_leaves)
+            total = total + (dual if isinstance(dual, Tensor) else dual(rows.detach())).detach() @ rows
+            self.counts += Counts(constraint_evaluations=1)
         slopes = gradient(total, [*x_leaves, *y_leaves])
         n = len(x_leaves)
         return Slopes(total.detach(), self.spaces.x.join(slopes[:n]), self.spaces.y.join(slopes[n:]))

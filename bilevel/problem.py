@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -61,6 +61,8 @@ class Problem:
     inequality: Callable[..., Tensor] | None = None
     equality: Callable[..., Tensor] | None = None
     lower_prox: Any = None
+
+    second_order: ClassVar[bool] = True  # whether `upper` and `lower` can be differentiated by whoever has them
 
     def __post_init__(self) -> None:
         for name in ("upper", "lower"):
@@ -246,10 +248,7 @@ class Linearization:
                     f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
                     "torch.no_grad() or an unused argument."
                 )
-        found = probe(graph_nodes([self.lower_graph]))  # an operation whose second derivative is missing, or wrong
-        if found is not None:
-            undifferentiable = refusal("lower", *found, lambda: self._evaluate("lower"))
-            raise undifferentiable
+        self.check_twice_differentiable()
         paths = leaf_paths(self.spaces.x.build(self.x_leaves), "x")
         unused = [
             path
@@ -261,6 +260,17 @@ class Linearization:
                 f"{', '.join(unused)} is used by neither upper nor lower, so its hypergradient would be a silent zero; "
                 "use it, or take it out of x (look for .detach() and torch.no_grad())."
             )
+
+    def check_twice_differentiable(self) -> None:
+        """Refuse an f with an operation whose second derivative is missing, or wrong.
+
+        Raises:
+            UndifferentiableError: naming the operation, and the cure.
+        """
+        found = probe(graph_nodes([self.lower_graph]))
+        if found is not None:
+            undifferentiable = refusal("lower", *found, lambda: self._evaluate("lower"))
+            raise undifferentiable
 
     def lower_y_graph_beyond(self) -> list[Tensor]:
         """The gradient of f in y with a graph that has third derivatives of f: torch's normalisations have wrong ones.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from .aid import AID
+from .choice import choose
 from .method import BilevelResult, Method, MethodState
 from .problem import Problem
 
@@ -21,6 +22,8 @@ def solve(
     data: Callable[[int], Any] | None = None,
     callbacks: Iterable[Callable[[int, Any], Any]] = (),
     state: MethodState | None = None,
+    held: Any = None,
+    check_every: int | None = None,
 ) -> BilevelResult:
     """Solve min over x in X of F(x, y*(x)), y*(x) = argmin f(x, .), by any method.
 
@@ -28,14 +31,19 @@ def solve(
         problem: the objectives and sets.
         x0: upper start, a pytree of tensors or a module; it is projected onto the upper set.
         y0: lower start, likewise.
-        method: None for AID(), which needs a smooth lower level with positive definite f_yy and no tuning.
+        method: None to have one chosen by the data, the lower level's kind, its size and its curvature at the first
+            lower solution; the result's `reason` says which and why. `bilevel.methods()` lists all.
         data: k -> third argument of both objectives at outer step k, the same for the same k (so that a resumed run
-            sees the same); None for objectives of (x, y).
+            sees the same): `Batches(...)`, `FromLoader(...)`, or any function; None for objectives of (x, y).
         callbacks: functions of (iteration, state), or Callbacks: ProgressBar, Checkpoint, EarlyStopping.
         state: an earlier result's state, to go on from in place of x0 and y0.
+        held: data on which the error is measured; None for all samples of `Batches`, and for each step's own data
+            where nothing else is at hand.
+        check_every: outer steps between two measurements on held data; None for an epoch.
 
     Returns:
-        The BilevelResult: x, y, status, error, residuals, counts and history.
+        The BilevelResult: x, y, status, error, residuals, counts, history, the method and, where it was chosen, the
+        reason.
 
     Raises:
         TypeError: for variables that are not real floating tensors, or objectives that return no scalar.
@@ -52,10 +60,17 @@ def solve(
         >>> res = bilevel.solve(problem, start, start.clone())
         >>> res.status.name, res.x, res.error <= res.tolerance
         ('CONVERGED', tensor([1.5000], dtype=torch.float64), True)
+        >>> print(res.reason[:80])
+        AID: 1 upper and 1 lower variables; the smooth lower level has a unique solution
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"solve: problem must be a bilevel.Problem, but got {type(problem).__name__}.")
-    method = AID() if method is None else method
+    options: dict[str, Any] = {"data": data, "callbacks": callbacks, "state": state}
+    options |= {"held": held, "check_every": check_every}
+    if method is None:
+        choice = choose(problem, x0, y0, data)
+        result = choice.method(problem, x0, choice.y0, **options)
+        return replace(result, reason=choice.reason, counts=result.counts + choice.counts)
     if not isinstance(method, Method):
         raise TypeError(f"solve: method must be a method such as bilevel.AID(), but got {method!r}.")
-    return method(problem, x0, y0, data=data, callbacks=callbacks, state=state)
+    return method(problem, x0, y0, **options)

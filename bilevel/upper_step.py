@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ class StepState:
         values: recent accepted values of the hyperobjective, newest last.
         steps: recent accepted steps, of shape (k, n), newest last; none unless the rule uses them.
         changes: the hypergradient's change over each.
+        memory: what else a rule keeps, such as an optimizer's state; nested dicts of tensors and numbers.
     """
 
     size: Tensor
     values: Tensor
     steps: Tensor
     changes: Tensor
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 def _fresh(size: Tensor, value: Tensor, x: Tensor) -> StepState:

@@ -23,7 +23,7 @@ from .differentiable_optimizers import DifferentiableOptimizer
 from .recomputation import recomputed
 from .transforms import first_item, tracked, transformed
 
-__all__ = ["Carry", "Dropout", "InnerStep", "Loss", "Named", "lifted", "within"]
+__all__ = ["Carry", "Dropout", "InnerStep", "Loss", "Named", "lifted", "seeded_state", "within"]
 
 Named: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -279,7 +279,7 @@ class InnerStep:
                 return within(self.module, self.loss, tensors, batch)
 
         if self.dropout in ("same", "different"):
-            value = _seeded(self.device, self.seeds[t]).run(call)
+            value = seeded_state(self.device, self.seeds[t]).run(call)
         else:
             before = RandomState.now(self.device)
             value = call()
@@ -383,7 +383,16 @@ def _overridden(own: Named, given: Any, name: str) -> Named:
     return {**own, **(given or {})}
 
 
-def _seeded(device: torch.device, seed: int) -> RandomState:
+def seeded_state(device: torch.device, seed: int) -> RandomState:
+    """The state that the generators have after torch.manual_seed.
+
+    Args:
+        device: whose generator is seeded beside the CPU's.
+        seed: of all.
+
+    Returns:
+        The state.
+    """
     devices = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
     return RandomState(device, tuple(torch.Generator(d).manual_seed(seed).get_state() for d in devices))
 

@@ -253,6 +253,77 @@ def coupled_inequality(start: float, minimum: float, value: float) -> Answered:
     )
 
 
+def quadratic_equality(n: int, m: int, p: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Answered:
+    """F = |y - t|^2/2 + |x - xh|^2/2, f = y'Ay/2 - x'By subject to C y + E x = d: y*(x) = P x + q."""
+    g = torch.Generator().manual_seed(seed + 7)
+    A = spectrum(n, 10.0, seed)
+    B, C, E, d, t, xh = (
+        torch.randn(*shape, generator=g, dtype=DOUBLE) for shape in ((m, n), (p, n), (p, m), (p,), (n,), (m,))
+    )
+    K = torch.cat([torch.cat([A, C.T], 1), torch.cat([C, torch.zeros(p, p, dtype=DOUBLE)], 1)])
+    P = torch.linalg.solve(K, torch.cat([B.T, -E]))[:n]
+    q = torch.linalg.solve(K, torch.cat([torch.zeros(n, dtype=DOUBLE), d]))[:n]
+    x_star = torch.linalg.solve(P.T @ P + torch.eye(m, dtype=DOUBLE), P.T @ (t - q) + xh)
+    y_star = P @ x_star + q
+    A_, B_, C_, E_, d_, t_, xh_ = (v.to(dtype) for v in (A, B, C, E, d, t, xh))
+    return Answered(
+        name=f"quadratic with equalities (n={n}, m={m}, p={p}, {str(dtype)[6:]})",
+        problem=bilevel.Problem(
+            lambda x, y: ((y - t_) ** 2).sum() / 2 + ((x - xh_) ** 2).sum() / 2,
+            lambda x, y: y @ A_ @ y / 2 - x @ B_ @ y,
+            equality=lambda x, y: C_ @ y + E_ @ x - d_,
+        ),
+        x0=torch.randn(m, generator=g, dtype=DOUBLE).to(dtype),
+        y0=torch.zeros(n, dtype=dtype),
+        lower_solution=lambda x: (P @ x.double() + q).to(dtype),
+        hypergradient=lambda x: (x.double() - xh + P.T @ (P @ x.double() + q - t)).to(dtype),
+        x_star=x_star.to(dtype),
+        y_star=y_star.to(dtype),
+        value=float(((y_star - t) ** 2).sum() / 2 + ((x_star - xh) ** 2).sum() / 2),
+    )
+
+
+def clipped(n: int, kind: str = "inequality", dtype: torch.dtype = DOUBLE) -> Answered:
+    """F = |y - t|^2/2 + |x - xh|^2/2, y* = min(x, u(x)): every second entry is clipped at the solution.
+
+    The limit is u = 1 - x/2 for "inequality" (rows that couple both levels), and u = 1 for "set".
+    """
+    k = torch.arange(n, dtype=DOUBLE) / n
+    on = torch.arange(n) % 2 == 0
+    t, xh = torch.where(on, 0.0, 0.2 + k / 10), torch.where(on, 3.0 + k, 0.1)
+    slope = 0.5 if kind == "inequality" else 0.0
+
+    def solution(x: Tensor) -> Tensor:
+        return torch.minimum(x, 1 - slope * x)
+
+    def hypergradient(x: Tensor) -> Tensor:
+        x = x.double()
+        return (x - xh + torch.where(x < 1 - slope * x, 1.0, -slope) * (solution(x) - t)).to(dtype)
+
+    # free: (x - t) + (x - xh) = 0; clipped: -slope (1 - slope x - t) + (x - xh) = 0
+    x_star = torch.where(on, (xh + slope * (1 - t)) / (1 + slope**2), (t + xh) / 2)
+    y_star = solution(x_star)
+    t_, xh_ = t.to(dtype), xh.to(dtype)
+    coupled = {"inequality": lambda x, y: y + slope * x - 1} if kind == "inequality" else {}
+    inside = {"lower_set": constrained.Box(-torch.inf, 1.0)} if kind == "set" else {}
+    return Answered(
+        name=f"clipped by {kind} (n={n}, {str(dtype)[6:]})",
+        problem=bilevel.Problem(
+            lambda x, y: ((y - t_) ** 2).sum() / 2 + ((x - xh_) ** 2).sum() / 2,
+            lambda x, y: ((y - x) ** 2).sum() / 2,
+            **coupled,
+            **inside,
+        ),
+        x0=torch.where(on, 2.0, 0.4).to(dtype),
+        y0=torch.zeros(n, dtype=dtype),
+        lower_solution=solution,
+        hypergradient=hypergradient,
+        x_star=x_star.to(dtype),
+        y_star=y_star.to(dtype),
+        value=float(((y_star - t) ** 2).sum() / 2 + ((x_star - xh) ** 2).sum() / 2),
+    )
+
+
 def weighted_l1(n: int) -> Answered:
     """min over x in [0,1]^n of sum y_i, y = argmin |y - a|^2/2 + sum x_i |y_i|; F* = -1/2, minimisers not unique."""
     a = torch.cat([torch.full((n // 2,), 1.0 / n, dtype=DOUBLE), torch.full((n - n // 2,), -1.0 / n, dtype=DOUBLE)])
@@ -271,7 +342,7 @@ def weighted_l1(n: int) -> Answered:
     )
 
 
-def lasso(n: int = 60, p: int = 12, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Answered:
+def lasso(n: int = 30, p: int = 12, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Answered:
     """The penalty of a lasso learnt on held-out rows: x is log lambda, h = exp(x) |y|_1."""
     g = torch.Generator().manual_seed(seed)
     X, Z = torch.randn(n, p, generator=g, dtype=DOUBLE), torch.randn(n, p, generator=g, dtype=DOUBLE)
@@ -281,18 +352,27 @@ def lasso(n: int = 60, p: int = 12, seed: int = 0, dtype: torch.dtype = DOUBLE) 
     G, c = X.T @ X / n, X.T @ t / n
 
     def path(x: Tensor) -> Tensor:
-        """Coordinate descent to the rounding level, then the exact solution on its support and signs."""
-        lam, y = float(x.double().exp()), torch.zeros(p, dtype=DOUBLE)
-        for _ in range(2000):
-            for i in range(p):
-                r = c[i] - G[i] @ y + G[i, i] * y[i]
-                y[i] = r.sign() * (r.abs() - lam).clamp_min(0) / G[i, i]
+        """Coordinate descent until nothing moves, then the exact solution on its support and signs."""
+        lam, rows, values = float(x.double().exp()), G.tolist(), [0.0] * p
+        for _ in range(5000):
+            moved = 0.0
+            for i, row in enumerate(rows):
+                r = float(c[i]) - sum(a * b for a, b in zip(row, values, strict=True)) + row[i] * values[i]
+                new = math.copysign(max(abs(r) - lam, 0.0), r) / row[i]
+                moved, values[i] = max(moved, abs(new - values[i])), new
+            if moved < 1e-15:
+                break
+        y = torch.tensor(values, dtype=DOUBLE)
         on = y != 0
         y[on] = torch.linalg.solve(G[on][:, on], c[on] - lam * y[on].sign())
         return y
 
-    def value(x: float) -> float:
-        return float(((Z @ path(torch.tensor(x, dtype=DOUBLE)) - u) ** 2).mean() / 2)
+    def hypergradient(x: Tensor) -> Tensor:
+        """On the support S: dy_S / dx = -lam G_SS^-1 sign(y_S)."""
+        y = path(x)
+        on = y != 0
+        slope = Z.T @ (Z @ y - u) / n
+        return -x.double().exp() * slope[on] @ torch.linalg.solve(G[on][:, on], y[on].sign())
 
     def upper(x: Tensor, y: Tensor) -> Tensor:
         return ((Z.to(y) @ y - u.to(y)) ** 2).mean() / 2
@@ -309,7 +389,7 @@ def lasso(n: int = 60, p: int = 12, seed: int = 0, dtype: torch.dtype = DOUBLE) 
         y0=torch.zeros(p, dtype=dtype),
         lower_solution=lambda x: path(x).to(dtype),
         value=None,
-        hypergradient=lambda x: torch.tensor((value(float(x) + 1e-5) - value(float(x) - 1e-5)) / 2e-5, dtype=dtype),
+        hypergradient=lambda x: hypergradient(x).to(dtype),
     )
 
 
@@ -379,12 +459,18 @@ def logistic(n: int = 80, p: int = 6, seed: int = 0) -> Answered:
 
 SMOOTH = [
     quadratic(1, 1), quadratic(5, 3), quadratic(40, 12, 1e3), quadratic(200, 50, 1e2), sine(1), sine(2), sine(20),
-    adversarial(4), adversarial(30), multimodal(0.3, 0.3824, 0.44271), multimodal(1.2, 1.2152, 0.19991),
-    multimodal(2.9, 2.8296, 1.24346), ridge(), kernel_ridge(), logistic(),
+    adversarial(4), adversarial(30),
+    multimodal(0.3, 0.38236007476698836, 0.44270572244449974), multimodal(1.2, 1.2151454754759206, 0.199910887700403),
+    multimodal(2.9, 2.829641800022212, 1.2434582728208743), ridge(), kernel_ridge(), logistic(),
 ]  # fmt: skip
 NOT_UNIQUE = [merely_convex(1), merely_convex(10), merely_convex(100)]
 NONSMOOTH = [weighted_l1(2), weighted_l1(10), weighted_l1(100), lasso()]
 COUPLED = [
     coupled_equality(1), coupled_equality(10), coupled_equality(100), coupled(1), coupled(10), coupled(100),
-    coupled(10, 3), coupled_inequality(0.3, 0.3007, 2.6545), coupled_inequality(1.2, 1.1627, 3.5850),
+    coupled(10, 3), coupled_inequality(0.3, 0.3007047783295452, 2.654498331390548),
+    coupled_inequality(1.2, 1.1626902180407033, 3.5849968897783526),
+]  # fmt: skip
+CLOSED_FORM = [  # constrained lower levels with a unique solution
+    quadratic_equality(1, 1, 1), quadratic_equality(6, 3, 2), quadratic_equality(60, 20, 15),
+    clipped(1), clipped(7), clipped(60), clipped(2, "set"), clipped(60, "set"),
 ]  # fmt: skip

@@ -108,12 +108,13 @@ def test_not_callable_and_wrong_types():
 
 
 def test_parts_that_the_method_would_ignore_are_refused():
-    for part in (
-        {"lower_set": constrained.Box(0.0, 1.0)},
-        {"inequality": lambda x, y: y - x},
-        {"lower_prox": object()},
+    coupled = {"inequality": lambda x, y: y - x}
+    for part, error in (
+        ({"lower_set": constrained.Ball(1.0), **coupled}, ValueError),
+        ({"lower_prox": constrained.L1(0.1), **coupled}, ValueError),
+        ({"lower_prox": object()}, TypeError),
     ):
-        refused(bilevel.Problem(upper, lower, **part), one, one.clone(), ValueError, next(iter(part)))
+        refused(bilevel.Problem(upper, lower, **part), one, one.clone(), error, next(iter(part)).removeprefix("lower_"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,0 +1,150 @@
+"""BOME: bilevel optimisation made easy, by dynamic barrier gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import Stopping
+
+from .assumptions import Assumptions
+from .method import Method, MethodState
+from .oracle import Oracle
+from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
+from .penalty_steps import Curvatures, TwoPoints, bounded_step, descend, first_size, watched_size
+from .value_difference import ValueDifference
+
+__all__ = ["BOME", "BOMEState"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOMEState(PenaltyState):
+    """Where BOME stands.
+
+    Attributes:
+        auxiliary: the point after T descent steps from y, raveled.
+        penalty: the multiplier lambda.
+        slope: F_x + lambda q_x.
+        slope_y: F_y + lambda q_y.
+        gap: q.
+        size: step size in x.
+        upper_curvature: of F in y.
+        lower_curvature: of f in y.
+    """
+
+    auxiliary: Tensor
+    penalty: Tensor
+    slope: Tensor
+    slope_y: Tensor
+    gap: Tensor
+    size: Tensor
+    upper_curvature: Tensor
+    lower_curvature: Tensor
+
+
+@dataclass(frozen=True)
+class BOME(PenaltyMethod):
+    """Dynamic barrier descent on F subject to q(x, y) = f(x, y) - f(x, y_T) <= 0.
+
+    One step, with y_T the point after T gradient steps on f(x, .) from y, taken as a constant:
+
+        (x, y) <- (x, y) - a (grad F + lambda grad q),
+        lambda = max(eta - <grad F, grad q> / |grad q|^2, 0),
+
+    the direction nearest to grad F along which q falls at the rate eta |grad q|^2 at least. The published method has
+    one size a. Without one, it runs in variables scaled so that a = 1: x by a size that is halved whenever F + lambda q
+    rises and grows by 5 % when it falls, y by 1 / (L_F + lambda L_f); the inner products are those of these variables.
+
+    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary |f_y| at y_T; upper |P_X(x - slope) -
+    x|; blend |F_y + lambda f_y| / lambda (in units of f, or |F_y| where lambda = 0); then the second stage's. CONVERGED
+    means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+
+    Cost of a step: one gradient of F and 2 + T of f, no product.
+
+    Args:
+        steps: T, of which the published figures use 10.
+        rate: eta, in (0, 1]; 0.5 is the paper's.
+        step_size: a for x and y; None watches.
+        auxiliary_step_size: of the T steps, below 2 / L_f; None watches.
+        debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
+        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+
+    Raises:
+        ValueError: for numbers that are not positive.
+
+    Reference:
+        Ye, Liu, Wright, Stone & Liu 2022, algorithm 1 with the control barrier phi = eta |grad q|^2.
+
+    Example:
+        >>> from nestopt import bilevel
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()
+        ... )
+        >>> start = torch.zeros(2, dtype=torch.float64)
+        >>> res = BOME()(problem, start, start.clone())
+        >>> res.status.name, [round(v, 5) for v in res.x.tolist()]
+        ('CONVERGED', [1.5, 1.5])
+    """
+
+    steps: int = 10
+    rate: float = 0.5
+    step_size: float | None = None
+    auxiliary_step_size: float | None = None
+    debias: Method | None = ValueDifference()
+    stopping: Stopping = Stopping(rtol=None, max_iter=150)
+
+    State: ClassVar[type[MethodState]] = BOMEState
+    assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Ye et al. 2022", unique=False)
+
+    def __post_init__(self) -> None:
+        refuse_sizes(self, "steps", "rate", "step_size", "auxiliary_step_size")
+
+    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> BOMEState:
+        upper = oracle.upper(x, y)
+        seen = Curvatures.at(oracle, x, y, upper.y)
+        zero = torch.zeros_like(upper.value)
+        s = BOMEState(
+            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=10 * seen.unit, slope=upper.x,
+            slope_y=upper.y, gap=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+            size=first_size(oracle, x, upper.x, self.step_size, y, upper.y),
+        )  # fmt: skip
+        return self._look(oracle, s, x, y)
+
+    def _advance(self, oracle: Oracle, s: BOMEState) -> BOMEState:
+        size, size_y = self._sizes(oracle, s)
+        x = oracle.project(s.x_vector - size * s.slope)
+        y = s.y_vector - size_y * s.slope_y
+        new = self._look(oracle, s, x, y)
+        if self.step_size is not None:
+            return new
+        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
+        return replace(new, size=watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope))
+
+    def _look(self, oracle: Oracle, s: BOMEState, x: Tensor, y: Tensor) -> BOMEState:
+        """The T steps from y, the multiplier, and what is seen there."""
+        below, f = descend(
+            oracle, lambda v: oracle.lower_y(x, v)[1], x, y, self.steps, s.lower_curvature, self.auxiliary_step_size
+        )
+        p = TwoPoints.at(oracle, x, y, below)
+        size, size_y = self._sizes(oracle, replace(s, slope=p.upper.x + s.penalty * p.gap_x))
+        along = size * oracle.dot(p.upper.x, p.gap_x) + size_y * oracle.dot(p.upper.y, p.lower.y)
+        square = size * oracle.dot(p.gap_x, p.gap_x) + size_y * oracle.dot(p.lower.y, p.lower.y)
+        lam = torch.where(square > 0, (self.rate - along / square).clamp_min(0.0), torch.zeros_like(square))
+        slope, slope_y = p.upper.x + lam * p.gap_x, p.upper.y + lam * p.lower.y
+        residuals = p.residuals(oracle, x, y, below, slope)
+        residuals["blend"] = oracle.norm(slope_y) / torch.where(lam > 0, lam, 1.0)
+        return replace(
+            s, x_vector=x, y_vector=y, auxiliary=below, penalty=lam, slope=slope, slope_y=slope_y, gap=p.gap,
+            value=p.upper.value, residuals=residuals, error=error_of(residuals), lower_curvature=f,
+        )  # fmt: skip
+
+    def _sizes(self, oracle: Oracle, s: BOMEState) -> tuple[Tensor, Tensor]:
+        if self.step_size is not None:
+            size = torch.full_like(s.size, self.step_size)
+            return size, size
+        return bounded_step(oracle, s.x_vector, s.size, s.slope), 1 / (
+            s.upper_curvature + s.penalty * s.lower_curvature
+        )

@@ -1,0 +1,196 @@
+"""BVFSM: the value function by sequences of regularised problems with a log barrier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import Stopping
+
+from .assumptions import Assumptions
+from .method import Method, MethodState
+from .oracle import Oracle
+from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
+from .penalty_steps import Curvatures, Schedule, TwoPoints, bounded_step, descend, first_size, watched_size
+from .value_difference import ValueDifference
+
+__all__ = ["BVFSM", "BVFSMState"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BVFSMState(PenaltyState):
+    """Where BVFSM stands.
+
+    Attributes:
+        auxiliary: z, raveled.
+        slack: mu, what f(x, y) may exceed the regularised value by.
+        barrier: sigma.
+        slope: F_x + sigma / (slack - gap) (f_x(x, y) - f_x(x, z)).
+        gap: f(x, y) less the regularised value at z.
+        size: step size in x.
+        upper_curvature: of F in y.
+        lower_curvature: of f in y.
+    """
+
+    auxiliary: Tensor
+    slack: Tensor
+    barrier: Tensor
+    slope: Tensor
+    gap: Tensor
+    size: Tensor
+    upper_curvature: Tensor
+    lower_curvature: Tensor
+
+
+@dataclass(frozen=True)
+class BVFSM(PenaltyMethod):
+    """Bilevel value-function based sequential minimisation with an interior log barrier.
+
+    With r = 1 / c falling to zero, one step is
+
+        T times   z <- z - b (f_y(x, z) + theta z),                          v = f(x, z) + theta |z|^2 / 2,
+        T times   a descent step with backtracking in y on
+                  F(x, y) + theta |y|^2 / 2 - sigma log(1 - (f(x, y) - v) / mu),
+        x <- P_X(x - s (F_x + sigma / (mu - (f(x, y) - v)) (f_x(x, y) - f_x(x, z)))),
+
+    with mu ~ r^2, sigma ~ r, theta ~ r^2 in units of the problem, so that the multiplier sigma / (mu - gap) is at least
+    of the size of c. The barrier blocks: a y with f(x, y) >= v + mu has the value infinity and is never taken, and
+    where a step in x or a shorter mu leaves y outside, y goes back towards z, which is always inside. F selects among
+    lower solutions that are not unique.
+
+    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary |f_y| at z; upper
+    |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the
+    scale taken at the start.
+
+    Cost of a step: 1 + T gradients of F, 2 + 2 T of f and a few values for each backtracking; no product.
+
+    Args:
+        steps: T.
+        penalty: c as a schedule k -> c, or a number, in units of the problem; None for Growth(10.0, power=0.5).
+        upper_step_size: s; None for steps that grow by 5 %, but stay below |dx| / |change of
+            the slope|.
+        auxiliary_step_size: b, below 2 / L_f; None watches.
+        debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
+        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+
+    Raises:
+        ValueError: for numbers that are not positive.
+
+    Reference:
+        Liu, Liu, Yuan, Zeng & Zhang 2021 (ICML), algorithm 1 with the barrier of equation 5.
+
+    Example:
+        >>> from nestopt import bilevel
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()
+        ... )
+        >>> start = torch.zeros(2, dtype=torch.float64)
+        >>> res = BVFSM()(problem, start, start.clone())
+        >>> res.status.name, [round(v, 5) for v in res.x.tolist()]
+        ('CONVERGED', [1.5, 1.5])
+    """
+
+    steps: int = 10
+    penalty: float | Schedule | None = None
+    upper_step_size: float | None = None
+    auxiliary_step_size: float | None = None
+    debias: Method | None = ValueDifference()
+    stopping: Stopping = Stopping(rtol=None, max_iter=50)
+
+    State: ClassVar[type[MethodState]] = BVFSMState
+    assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Liu et al. 2021", unique=False)
+
+    def __post_init__(self) -> None:
+        refuse_sizes(self, "steps", "penalty", "upper_step_size", "auxiliary_step_size")
+
+    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> BVFSMState:
+        upper = oracle.upper(x, y)
+        seen = Curvatures.at(oracle, x, y, upper.y)
+        zero = torch.zeros_like(upper.value)
+        s = BVFSMState(
+            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, slack=zero, barrier=zero, slope=upper.x,
+            gap=zero, size=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+        )  # fmt: skip
+        s = self._inner(oracle, s, x, 0)
+        return replace(s, size=first_size(oracle, x, s.slope, self.upper_step_size, y, upper.y))
+
+    def _advance(self, oracle: Oracle, s: BVFSMState) -> BVFSMState:
+        size = s.size if self.upper_step_size is not None else bounded_step(oracle, s.x_vector, s.size, s.slope)
+        x = oracle.project(s.x_vector - size * s.slope)
+        new = self._inner(oracle, s, x, int(s.iterations) + 1)
+        if self.upper_step_size is not None:
+            return new
+        # the barrier's floor and slack move at every step, so that values say nothing; the secant bounds the size
+        still = torch.zeros_like(s.size)
+        return replace(new, size=watched_size(oracle, s.size, (still, still), x - s.x_vector, new.slope - s.slope))
+
+    def _inner(self, oracle: Oracle, s: BVFSMState, x: Tensor, k: int) -> BVFSMState:
+        """The T steps of z, then of y inside the barrier, and what is seen there."""
+        F, f = s.upper_curvature, s.lower_curvature
+        c = (
+            10.0 * (k + 1) ** 0.5
+            if self.penalty is None
+            else (float(self.penalty(k)) if callable(self.penalty) else float(self.penalty))
+        )
+        theta = f / c**2
+        scale = F * oracle.dot(s.y_vector, s.y_vector).clamp_min(1.0)  # of F
+        s = replace(s, slack=scale / (F / f * c**2), barrier=scale / c)
+        z, f = descend(
+            oracle,
+            lambda v: oracle.lower_y(x, v)[1] + theta * v,
+            x,
+            s.auxiliary,
+            self.steps,
+            f,
+            self.auxiliary_step_size,
+        )
+        floor = oracle.values(x, z)[1] + theta / 2 * oracle.dot(z, z)
+        y = self._inside(oracle, s, x, s.y_vector, z, floor)
+        for _ in range(self.steps):
+            y = self._descended(oracle, s, x, y, floor, theta, F, f)
+        p = TwoPoints.at(oracle, x, y, z)
+        gap = p.lower.value - floor
+        slope = p.upper.x + s.barrier / (s.slack - gap) * p.gap_x
+        residuals = p.residuals(oracle, x, y, z, slope)
+        return replace(
+            s, x_vector=x, y_vector=y, auxiliary=z, slope=slope, gap=gap, value=p.upper.value, residuals=residuals,
+            error=error_of(residuals), lower_curvature=f,
+        )  # fmt: skip
+
+    def _inside(self, oracle: Oracle, s: BVFSMState, x: Tensor, y: Tensor, z: Tensor, floor: Tensor) -> Tensor:
+        """The first of y, (y + z) / 2, ... with f < v + mu; z itself at last."""
+        for _ in range(60):
+            if bool(oracle.values(x, y)[1] - floor < 0.99 * s.slack):
+                return y
+            y = (y + z) / 2
+        return z
+
+    def _descended(
+        self, oracle: Oracle, s: BVFSMState, x: Tensor, y: Tensor, floor: Tensor, theta: Tensor, F: Tensor, f: Tensor
+    ) -> Tensor:
+        """One gradient step on F + theta |y|^2 / 2 + barrier, shortened until it descends; y itself if none does."""
+        upper, lower = oracle.upper(x, y), oracle.lower(x, y)
+        room = s.slack - (lower.value - floor)
+        multiplier = s.barrier / room
+        g = upper.y + multiplier * lower.y + theta * y
+        square = oracle.dot(g, g)
+        bend = oracle.dot(lower.y, lower.y) * multiplier.square() / s.barrier
+        size = 2 / (F + multiplier * f + bend)
+        here = upper.value + theta / 2 * oracle.dot(y, y) + _barrier(s, lower.value - floor)
+        for _ in range(30):
+            trial = y - size * g
+            F_new, f_new = oracle.values(x, trial)
+            there = F_new + theta / 2 * oracle.dot(trial, trial) + _barrier(s, f_new - floor)
+            if bool(there <= here - 1e-4 * size * square):
+                return trial
+            size = size / 2
+        return y
+
+
+def _barrier(s: BVFSMState, gap: Tensor) -> Tensor:
+    """-sigma log(1 - gap / mu), infinite where f is not below the regularised value plus mu."""
+    room = 1 - gap / s.slack
+    return torch.where(room > 0, -s.barrier * room.clamp_min(torch.finfo(room.dtype).tiny).log(), torch.inf)

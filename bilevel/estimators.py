@@ -1,0 +1,202 @@
+"""How the single-loop methods estimate their directions from minibatches: they differ in this, not in the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stochastic import Batches, Draw
+
+__all__ = ["SAGA", "SPIDER", "STORM", "Estimator", "Minibatch", "Pieces"]
+
+
+class Pieces(NamedTuple):
+    """What the directions are made of; the first three come from lower samples, the others from upper ones.
+
+    Attributes:
+        lower_y: f_y.
+        hessian_v: f_yy v.
+        cross_v: f_xy v.
+        upper_x: F_x.
+        upper_y: F_y.
+    """
+
+    lower_y: Tensor
+    hessian_v: Tensor
+    cross_v: Tensor
+    upper_x: Tensor
+    upper_y: Tensor
+
+    def map(self, function: Callable[..., Tensor], *others: Pieces) -> Pieces:
+        """The function of each piece and the others' like it."""
+        return Pieces(*(function(*parts) for parts in zip(self, *others, strict=True)))
+
+
+Look = Callable[[Any], Pieces]  # a batch -> the pieces, at a fixed (x, y, v)
+
+
+class Estimator(ABC):
+    """An estimate of the five pieces from each step's samples, with a memory that the method's state keeps."""
+
+    def start(self, here: Look, data: Any) -> tuple[Pieces, dict[str, Any]]:
+        """The first estimate and memory.
+
+        Args:
+            here: pieces at the start.
+            data: the first batch.
+
+        Returns:
+            Both.
+        """
+        return here(data), {}
+
+    @abstractmethod
+    def next(
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """The estimate after a step.
+
+        Args:
+            here: pieces at the new point.
+            before: pieces at the point before.
+            data: the step's batch.
+            last: the estimate before.
+            memory: from the last call.
+            k: the step.
+
+        Returns:
+            The estimate and the memory.
+        """
+
+
+@dataclass(frozen=True)
+class Minibatch(Estimator):
+    """The pieces on the step's own samples."""
+
+    def next(
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """Those on the step's samples."""
+        return here(data), memory
+
+
+@dataclass(frozen=True)
+class SAGA(Estimator):
+    """Each block's last pieces are remembered: piece - remembered + mean of all remembered (Defazio et al. 2014).
+
+    Needs blocks with keys, `Batches`. Memory: one vector of the pieces for every block. The start takes one pass.
+    """
+
+    def start(self, here: Look, data: Any) -> tuple[Pieces, dict[str, Any]]:
+        """One pass over all blocks.
+
+        Args:
+            here: pieces at the start.
+            data: the first batch.
+
+        Returns:
+            The full pieces, and the tables.
+        """
+        source = _batches(data, "SAGA memories")
+        lower, upper = source.lower, source.upper
+        rows = [here(source.block(min(i, len(upper.blocks) - 1), min(i, len(lower.blocks) - 1)))
+                for i in range(max(len(lower.blocks), len(upper.blocks)))]  # fmt: skip
+        low = torch.stack([torch.cat(row[:3]) for row in rows[: len(lower.blocks)]])
+        high = torch.stack([torch.cat(row[3:]) for row in rows[: len(upper.blocks)]])
+        memory = {"lower": low, "upper": high}
+        for name, level, table in (("lower", lower, low), ("upper", upper, high)):
+            weights = table.new_tensor([len(block) / level.size for block in level.blocks])
+            memory[f"{name}_weights"], memory[f"{name}_mean"] = weights, weights @ table
+        return _split(memory["lower_mean"], memory["upper_mean"], rows[0]), memory
+
+    def next(
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """The corrected pieces; the blocks' rows and the means are brought up to date."""
+        _batches(data, "SAGA memories")
+        pieces, new, estimate = here(data), dict(memory), {}
+        for name, block, row in (
+            ("lower", data.lower_block, torch.cat(pieces[:3])), ("upper", data.upper_block, torch.cat(pieces[3:])),
+        ):  # fmt: skip
+            table, mean = memory[name].clone(), memory[f"{name}_mean"]
+            change = row - table[block]
+            estimate[name] = change + mean
+            table[block] = row
+            new[name], new[f"{name}_mean"] = table, mean + memory[f"{name}_weights"][block] * change
+        return _split(estimate["lower"], estimate["upper"], pieces), new
+
+
+@dataclass(frozen=True)
+class SPIDER(Estimator):
+    """A full pass every so many steps; between, last + piece here - piece before on the same samples.
+
+    Args:
+        every: steps between two full passes; None for as many as see all samples once.
+
+    Reference:
+        Fang et al. 2018; Dagreou et al. 2023 (SRBA).
+    """
+
+    every: int | None = None
+
+    def start(self, here: Look, data: Any) -> tuple[Pieces, dict[str, Any]]:
+        """A full pass.
+
+        Args:
+            here: pieces at the start.
+            data: the first batch.
+
+        Returns:
+            The full pieces, and no memory.
+        """
+        return here(_batches(data, "SPIDER").whole()), {}
+
+    def next(
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """The full pieces at a restart, the recursion between."""
+        source = _batches(data, "SPIDER")
+        if k % (self.every or len(source)) == 0:
+            return here(source.whole()), memory
+        return last.map(lambda e, new, old: e + new - old, here(data), before(data)), memory
+
+
+@dataclass(frozen=True)
+class STORM(Estimator):
+    """Momentum with a correction: piece here + (1 - a)(last - piece before), the same samples at both points.
+
+    Args:
+        momentum: k -> a in (0, 1], such as `lambda k: 0.1`; None for (k + 1)^(-2/3), the paper's rate.
+
+    Reference:
+        Cutkosky & Orabona 2019; Yang, Ji & Liang 2021 (MRBO).
+    """
+
+    momentum: Callable[[int], float] | None = None
+
+    def next(
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """The corrected momentum."""
+        a = (k + 1) ** (-2 / 3) if self.momentum is None else self.momentum(k)
+        return here(data).map(lambda new, e, old: new + (1 - a) * (e - old), last, before(data)), memory
+
+
+def _batches(data: Any, who: str) -> Batches:
+    source = data.source if isinstance(data, Draw) else None
+    if not isinstance(source, Batches):
+        raise ValueError(
+            f"{who} need samples with keys and all of them at hand, but the data are {type(data).__name__}; pass "
+            "data=bilevel.Batches(...), or use SOBA(), AmIGO(), StocBiO(), MRBO() or TTSA()."
+        )
+    return source
+
+
+def _split(lower: Tensor, upper: Tensor, like: Pieces) -> Pieces:
+    sizes = [len(piece) for piece in like]
+    return Pieces(*torch.split(lower, sizes[:3]), *torch.split(upper, sizes[3:]))

@@ -1,0 +1,175 @@
+"""F2SA: the fully first-order method, two lower problems in place of a Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import Stopping
+
+from .assumptions import Assumptions
+from .method import Method, MethodState
+from .oracle import Oracle
+from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
+from .penalty_steps import (
+    Curvatures,
+    Growth,
+    Schedule,
+    TwoPoints,
+    bounded_step,
+    descend,
+    first_size,
+    schedule_value,
+    watched_size,
+)
+from .value_difference import ValueDifference
+
+__all__ = ["F2SA", "F2SAState"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class F2SAState(PenaltyState):
+    """Where F2SA stands.
+
+    Attributes:
+        auxiliary: z, raveled.
+        penalty: lambda.
+        slope: F_x + lambda (f_x(x, y) - f_x(x, z)).
+        gap: f(x, y) - f(x, z).
+        size: step size in x.
+        upper_curvature: of F in y.
+        lower_curvature: of f in y.
+    """
+
+    auxiliary: Tensor
+    penalty: Tensor
+    slope: Tensor
+    gap: Tensor
+    size: Tensor
+    upper_curvature: Tensor
+    lower_curvature: Tensor
+
+
+@dataclass(frozen=True)
+class F2SA(PenaltyMethod):
+    """Fully first-order (stochastic) approximation: descent on F(x, y) + lambda (f(x, y) - min over z of f(x, z)).
+
+    One step, with lambda growing:
+
+        x <- P_X(x - s (F_x(x, y) + lambda (f_x(x, y) - f_x(x, z)))),
+        T times   z <- z - b f_y(x, z)   and   y <- y - a (F_y(x, y) / lambda + f_y(x, y)).
+
+    The step in y is that of F + lambda f with its size divided by lambda, and a, b = O(1) against a small s make two
+    time scales, without which it does not work. Without sizes a and b are 1 / (the curvature seen so far), and s is
+    halved whenever F + lambda (f(x, y) - f(x, z)) rises and grows by 5 % when it falls. With data (minibatches; pass
+    debias=None) nothing is watched, and automatic sizes shrink like (1 + k/100)^(-1/2).
+
+    `error` is the largest of: lower |f_y| at y, which is |F_y| / lambda once y has settled and so carries the bias;
+    auxiliary |f_y| at z; upper |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <=
+    max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+
+    Cost of a step: 1 + T gradients of F and 2 + 2 T of f, no product. It touches the problem through its Oracle only.
+
+    Args:
+        steps: T; 1 suffices for well-conditioned lower levels, 10 is safe.
+        penalty: lambda: a number, a schedule k -> lambda such as Growth(1.0, slope=0.1), or None for
+            (10 + k) (curvature of F) / (curvature of f).
+        upper_step_size: s, well below a / 10; None watches.
+        lower_step_size: a, below 2 / (L_f + L_F / lambda); None watches.
+        auxiliary_step_size: b, below 2 / L_f; None watches.
+        debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
+        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision. Raise max_iter with
+            debias=None: the bias falls like 1 / lambda.
+
+    Raises:
+        ValueError: for sizes or steps that are not positive.
+
+    Reference:
+        Kwon, Kwon, Wright & Nowak 2023, algorithm 1.
+
+    Example:
+        >>> from nestopt import bilevel
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()
+        ... )
+        >>> start = torch.zeros(2, dtype=torch.float64)
+        >>> res = F2SA()(problem, start, start.clone())
+        >>> res.status.name, [round(v, 5) for v in res.x.tolist()]
+        ('CONVERGED', [1.5, 1.5])
+    """
+
+    steps: int = 10
+    penalty: float | Schedule | None = None
+    upper_step_size: float | None = None
+    lower_step_size: float | None = None
+    auxiliary_step_size: float | None = None
+    debias: Method | None = ValueDifference()
+    stopping: Stopping = Stopping(rtol=None, max_iter=100)
+
+    State: ClassVar[type[MethodState]] = F2SAState
+    assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Kwon et al. 2023", stochastic=True)
+
+    def __post_init__(self) -> None:
+        refuse_sizes(self, "steps", "penalty", "upper_step_size", "lower_step_size", "auxiliary_step_size")
+
+    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> F2SAState:
+        upper = oracle.upper(x, y)
+        seen = Curvatures.at(oracle, x, y, upper.y)
+        zero = torch.zeros_like(upper.value)
+        s = F2SAState(
+            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0), slope=upper.x,
+            gap=zero, size=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+        )  # fmt: skip
+        s = self._inner(oracle, s, x, 0)
+        return replace(s, size=first_size(oracle, x, s.slope, self.upper_step_size, y, upper.y))
+
+    def _advance(self, oracle: Oracle, s: F2SAState) -> F2SAState:
+        size = s.size
+        if self.upper_step_size is None:
+            size = self._shrunk(oracle, s) * bounded_step(oracle, s.x_vector, size, s.slope)
+        x = oracle.project(s.x_vector - size * s.slope)
+        new = self._inner(oracle, s, x, int(s.iterations) + 1)
+        if self.upper_step_size is not None or oracle.data is not None:
+            return new
+        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
+        size = watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope)
+        return replace(new, size=size)
+
+    def _inner(self, oracle: Oracle, s: F2SAState, x: Tensor, k: int) -> F2SAState:
+        """T steps of z and y at the new x, and what is seen there."""
+        f, F, lam = (
+            s.lower_curvature,
+            s.upper_curvature,
+            self._penalty(Curvatures(s.upper_curvature, s.lower_curvature), k),
+        )
+        shrunk = self._shrunk(oracle, s)
+        b = self.auxiliary_step_size if self.auxiliary_step_size is not None else shrunk / f if shrunk < 1 else None
+        z, f = descend(oracle, lambda v: oracle.lower_y(x, v)[1], x, s.auxiliary, self.steps, f, b)
+        a = self.lower_step_size if self.lower_step_size is not None else shrunk / (f + F / lam) if shrunk < 1 else None
+        blend = descend(
+            oracle,
+            lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y,
+            x,
+            s.y_vector,
+            self.steps,
+            f + F / lam,
+            a,
+        )
+        y, f = blend[0], torch.maximum(f, blend[1] - F / lam)
+        p = TwoPoints.at(oracle, x, y, z)
+        slope = p.upper.x + lam * p.gap_x
+        residuals = p.residuals(oracle, x, y, z, slope)
+        return replace(
+            s, x_vector=x, y_vector=y, auxiliary=z, penalty=lam, slope=slope, gap=p.gap, value=p.upper.value,
+            residuals=residuals, error=error_of(residuals), lower_curvature=f,
+        )  # fmt: skip
+
+    def _penalty(self, seen: Curvatures, k: int) -> Tensor:
+        return schedule_value(self.penalty, seen.unit, Growth(10.0, slope=1.0), k)
+
+    def _shrunk(self, oracle: Oracle, s: Any) -> float:
+        """The factor on automatic step sizes for minibatches."""
+        return 1.0 if oracle.data is None else float((1 + int(s.iterations) / 100) ** -0.5)

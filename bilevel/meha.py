@@ -1,0 +1,224 @@
+"""MEHA: the Moreau envelope in place of the lower value function, single loop and free of Hessians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.linalg import Stopping
+
+from .assumptions import Assumptions
+from .method import Method, MethodState
+from .oracle import Oracle
+from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
+from .penalty_steps import (
+    Curvatures,
+    Growth,
+    Schedule,
+    TwoPoints,
+    bounded_step,
+    first_size,
+    schedule_value,
+    watched_size,
+)
+from .value_difference import ValueDifference
+
+__all__ = ["MEHA", "MEHAState"]
+
+_LAG = 0.3  # how large the residuals of theta and y may be, in slopes, when x moves
+# (alpha, beta, eta, gamma, c0, p), as seen to work
+_PUBLISHED = {
+    "elastic net": (1e-3, 1e-5, 1e-5, 2.0, 1e-2, 0.1),
+    "sparse group lasso": (1e-4, 1e-3, 1e-3, 1.0, 1.0, 0.49),
+    "low-rank completion": (1e-4, 1e-4, 1e-4, 10.0, 2.0, 0.48),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEHAState(PenaltyState):
+    """Where MEHA stands.
+
+    Attributes:
+        auxiliary: theta, raveled.
+        penalty: c.
+        upper_slopes: F_x at (x, y).
+        lower_slopes: f_x + h_x at (x, y).
+        slope: of F + c (f + h - v) in x, as far as theta gives it.
+        envelope: f + h at y, less f + h + |theta - y|^2 / (2 gamma) at theta.
+        size: step size in x on the scale of F: alpha / c.
+        upper_curvature: of F in y.
+        lower_curvature: of f in y.
+    """
+
+    auxiliary: Tensor
+    penalty: Tensor
+    upper_slopes: Tensor
+    lower_slopes: Tensor
+    slope: Tensor
+    envelope: Tensor
+    size: Tensor
+    upper_curvature: Tensor
+    lower_curvature: Tensor
+
+
+@dataclass(frozen=True)
+class MEHA(PenaltyMethod):
+    """Moreau-envelope based Hessian-free method, for f weakly convex in y plus a term h(x, y) with a prox.
+
+    The lower level is replaced by f + h - v <= 0 with the envelope v(x, y) = min over theta of f(x, theta) +
+    h(x, theta) + |theta - y|^2 / (2 gamma), and the penalised problem F / c + f + h - v is descended, one step each:
+
+        theta+ = prox_(eta h(x, .))(theta - eta (f_y(x, theta) + (theta - y) / gamma))
+        x+ = P_X(x - alpha (F_x(x, y) / c + f_x(x, y) + h_x(x, y) - f_x(x, theta+) - h_x(x, theta+)))
+        y+ = prox_(beta h(x+, .))(y - beta (F_y(x+, y) / c + f_y(x+, y) - (y - theta+) / gamma))
+
+    with c = c_k growing: F is DIVIDED by it, and the threshold of a prox is eta times the weight. Where no size is
+    given, eta and beta are 1 / (Lipschitz constant of their slope), raised when steps see more, and alpha is halved
+    whenever the potential F / c + f + h - (f + h + |theta - y|^2 / (2 gamma)) at theta rises, and grows by 5 % when it
+    falls. The lower solution need not be unique: F selects among them.
+
+    `error` is the largest of: lower, the prox residual of f + h at y, which carries the bias O(1/c); auxiliary, that
+    of theta's problem; blend, that of y's; upper, |P_X(x - slope) - x|; then the second stage's. CONVERGED means
+    error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+
+    Cost of a step: two gradients of F, five of f and two proxes; no product.
+
+    Args:
+        penalty: c: a schedule k -> c such as Growth(c0, power=p) with 0 <= p < 1/2, a number, or None for
+            Growth(10, power=0.49) times (curvature of F) / (curvature of f).
+        gamma: below 1 / (2 rho) for a rho-weakly convex f; None for 1 / (2 L_f), which is below it. A convex f allows
+            any gamma, and is faster with a large one: 10 / L_f and more.
+        upper_step_size: alpha; None watches.
+        lower_step_size: beta, below 2 / (L_f + 1 / gamma + L_F / c); None watches.
+        auxiliary_step_size: eta, below 2 / (L_f + 1 / gamma); None watches.
+        debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
+        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision. Raise max_iter with
+            debias=None, to tens of thousands.
+
+    Raises:
+        ValueError: for sizes that are not positive.
+
+    Reference:
+        Liu, Liu, Yao, Zeng & Zhang 2024 (ICML), algorithm 1.
+
+    Example:
+        >>> from nestopt import bilevel
+        >>> from nestopt.constrained import L1
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - 3) ** 2).sum() / 2,
+        ...     lower_prox=lambda x: L1(x.exp()),
+        ... )
+        >>> res = MEHA()(problem, torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+        >>> res.status.name, round(float(res.x.exp()), 5), [round(v, 5) for v in res.y.tolist()]
+        ('CONVERGED', 2.0, [1.0, 1.0])
+    """
+
+    penalty: float | Schedule | None = None
+    gamma: float | None = None
+    upper_step_size: float | None = None
+    lower_step_size: float | None = None
+    auxiliary_step_size: float | None = None
+    debias: Method | None = ValueDifference()
+    stopping: Stopping = Stopping(rtol=None, max_iter=200)
+
+    State: ClassVar[type[MethodState]] = MEHAState
+    assumptions: ClassVar[Assumptions] = Assumptions(
+        "penalty", "Liu et al. 2024", lower_set=True, lower_prox=True, unique=False
+    )
+
+    def __post_init__(self) -> None:
+        refuse_sizes(self, "penalty", "gamma", "upper_step_size", "lower_step_size", "auxiliary_step_size")
+
+    @classmethod
+    def published(cls, name: str, debias: Method | None = None, max_iter: int = 10_000) -> MEHA:
+        """The constants of the paper's experiments.
+
+        Args:
+            name: "elastic net", "sparse group lasso" or "low-rank completion".
+            debias: as of the class; the paper has none.
+            max_iter: steps.
+
+        Returns:
+            The method.
+
+        Raises:
+            ValueError: for another name.
+
+        Example:
+            >>> MEHA.published("elastic net").gamma
+            2.0
+        """
+        if name not in _PUBLISHED:
+            raise ValueError(
+                f"MEHA.published: name must be one of {', '.join(map(repr, _PUBLISHED))}, but got {name!r}."
+            )
+        alpha, beta, eta, gamma, c0, p = _PUBLISHED[name]
+        return cls(Growth(c0, power=p), gamma, alpha, beta, eta, debias, Stopping(rtol=None, max_iter=max_iter))
+
+    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> MEHAState:
+        upper = oracle.upper(x, y)
+        seen = Curvatures.at(oracle, x, y, upper.y)
+        zero = torch.zeros_like(upper.value)
+        s = MEHAState(
+            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0),
+            upper_slopes=upper.x, lower_slopes=x, slope=x, envelope=zero, size=zero, upper_curvature=seen.upper,
+            lower_curvature=seen.lower,
+        )  # fmt: skip
+        s = self._measured(oracle, s, x, y, y, 0)
+        size = first_size(oracle, x, upper.x, None, y, upper.y)
+        return replace(s, size=size)
+
+    def _advance(self, oracle: Oracle, s: MEHAState) -> MEHAState:
+        x, y, c, gamma = s.x_vector, s.y_vector, s.penalty, self._gamma(s)
+        f, F = s.lower_curvature, s.upper_curvature
+        eta = self._size(self.auxiliary_step_size, 1 / (f + 1 / gamma))
+        beta = self._size(self.lower_step_size, 1 / (f + 1 / gamma + F / c))
+        first = oracle.lower_y(x, s.auxiliary)[1]
+        theta = oracle.prox(s.auxiliary - eta * (first + (s.auxiliary - y) / gamma), eta, x)
+        there = oracle.lower(x, theta)
+        step = oracle.norm(theta - s.auxiliary)
+        seen = oracle.norm(there.y - first) / step
+        f = torch.where(torch.isfinite(seen), torch.maximum(f, seen), f)
+        slope = s.upper_slopes / c + s.lower_slopes - there.x - oracle.term_x(x, theta)
+        x = oracle.project(x - self._upper_size(oracle, s, slope) * slope)
+        blend = oracle.weighted(x, y, upper=1 / c, lower=1.0)
+        y = oracle.prox(y - beta * (blend.y - (y - theta) / gamma), beta, x)
+        new = self._measured(oracle, replace(s, lower_curvature=f), x, y, theta, int(s.iterations) + 1)
+        if self.upper_step_size is not None or torch.equal(x, s.x_vector):
+            return new
+        potentials = s.value + new.penalty * s.envelope, new.value + new.penalty * new.envelope
+        size = watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope)
+        return replace(new, size=size)
+
+    def _measured(self, oracle: Oracle, s: MEHAState, x: Tensor, y: Tensor, theta: Tensor, k: int) -> MEHAState:
+        c, gamma = self._penalty(Curvatures(s.upper_curvature, s.lower_curvature), k), self._gamma(s)
+        p, pull = TwoPoints.at(oracle, x, y, theta), (y - theta) / gamma
+        slope = p.upper.x + c * p.gap_x
+        residuals = p.residuals(oracle, x, y, theta, slope)
+        residuals["auxiliary"] = oracle.lower_residual(x, theta, p.auxiliary.y - pull)
+        residuals["blend"] = oracle.lower_residual(x, y, p.upper.y / c + p.lower.y - pull)
+        return replace(
+            s, x_vector=x, y_vector=y, auxiliary=theta, penalty=c, upper_slopes=p.upper.x,
+            lower_slopes=p.lower.x + oracle.term_x(x, y), envelope=p.gap - gamma / 2 * oracle.dot(pull, pull),
+            value=p.upper.value, residuals=residuals, slope=slope, error=error_of(residuals),
+        )  # fmt: skip
+
+    def _penalty(self, seen: Curvatures, k: int) -> Tensor:
+        return schedule_value(self.penalty, seen.unit, Growth(10.0, power=0.49), k)
+
+    def _gamma(self, s: Any) -> Tensor:
+        return 0.5 / s.lower_curvature if self.gamma is None else torch.full_like(s.lower_curvature, self.gamma)
+
+    def _upper_size(self, oracle: Oracle, s: MEHAState, slope: Tensor) -> Tensor:
+        """Alpha; where it is not given, zero until theta and y have nearly settled: their lag counts c-fold."""
+        if self.upper_step_size is not None:
+            return torch.full_like(s.size, self.upper_step_size)
+        lag = s.residuals["auxiliary"] + s.residuals["blend"]
+        size = bounded_step(oracle, s.x_vector, s.size * s.penalty, slope)
+        return torch.where(lag <= _LAG * oracle.norm(slope), size, 0.0)
+
+    def _size(self, given: float | None, automatic: Tensor) -> Tensor:
+        return automatic if given is None else torch.full_like(automatic, given)

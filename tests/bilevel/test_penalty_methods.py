@@ -1,0 +1,319 @@
+"""The penalty methods: the published steps, the known answers with and without the second stage, faults and resume."""
+
+import dataclasses
+
+import pytest
+import torch
+from laws_bilevel import relative, vector
+from problems import DOUBLE, NONSMOOTH, merely_convex, quadratic, ridge, sine, weighted_l1
+
+from nestopt import bilevel, constrained
+from nestopt.linalg import Status, Stopping
+
+METHODS = [
+    bilevel.F2SA(), bilevel.F3SA(), bilevel.MEHA(), bilevel.VPBGD(), bilevel.GPBGD(), bilevel.BOME(), bilevel.BVFSM(),
+]  # fmt: skip
+BOX = constrained.Box(torch.tensor([0.8, -9.0, -9.0], dtype=DOUBLE), float("inf"))
+
+
+def name(value):
+    return type(value).__name__ if isinstance(value, bilevel.Method) else getattr(value, "name", str(value))
+
+
+def start(case):
+    return case.problem, case.x0, case.y0
+
+
+def check(method, case, tol=1e-5):
+    res = method(*start(case))
+    assert res.status == Status.CONVERGED, (case.name, res.status, res.residuals)
+    assert res.error == max(res.residuals.values()) <= res.tolerance
+    if case.x_star is not None:
+        error = float((vector(res.x) - vector(case.x_star)).norm())
+        assert error <= tol * max(1.0, float(vector(case.x_star).norm())), (case.name, error)
+    if case.value is not None:
+        assert abs(res.value - case.value) <= tol * max(1.0, abs(case.value))
+    assert [record["iteration"] for record in res.history] == list(range(res.iterations + 1))
+    assert res.history[-1]["lower_gradients"] == res.counts.lower_gradients
+    assert (res.counts.products > 0) == (isinstance(method, bilevel.GPBGD) or case in NONSMOOTH)
+    return res
+
+
+@pytest.mark.parametrize("case", [quadratic(5, 3), sine(1)], ids=name)
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_debiased_to_the_answer(method, case):
+    check(method, case)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.assumptions.unique], ids=name)
+def test_selects_among_lower_solutions(method):
+    check(method, merely_convex(3))
+
+
+@pytest.mark.parametrize("n", [2, 10])
+def test_meha_on_nonsmooth_lower_levels(n):
+    check(bilevel.MEHA(), weighted_l1(n))
+
+
+LONG = Stopping(rtol=0.0, max_iter=1500)
+BARE = [
+    (bilevel.F2SA(steps=5, penalty=bilevel.Growth(20.0, slope=4.0)), quadratic(1, 1)),
+    (bilevel.F3SA(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1)),
+    (bilevel.VPBGD(penalty=bilevel.Growth(20.0, slope=2.0)), sine(1)),
+    (bilevel.GPBGD(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1)),
+    (bilevel.MEHA(penalty=bilevel.Growth(10.0, power=0.49)), merely_convex(1)),
+    (bilevel.BOME(steps=5), merely_convex(1)),
+    (bilevel.BVFSM(steps=5, penalty=bilevel.Growth(10.0, power=0.75)), merely_convex(1)),
+]
+
+
+@pytest.mark.parametrize(("method", "case"), BARE, ids=name)
+def test_bare_method_where_its_penalty_grows(method, case):
+    bare = dataclasses.replace(method, debias=None, stopping=Stopping(rtol=0.0, max_iter=BARE_STEPS[type(method)]))
+    res = bare(*start(case))
+    assert res.status == Status.MAX_ITER
+    error = float((vector(res.x) - vector(case.x_star)).norm())
+    assert error <= 1e-3 * max(1.0, float(vector(case.x_star).norm())), error
+    assert "bias" not in res.residuals
+
+
+BARE_STEPS = {
+    bilevel.F2SA: 300, bilevel.F3SA: 800, bilevel.VPBGD: 800, bilevel.GPBGD: 800, bilevel.MEHA: 1500,
+    bilevel.BOME: 300, bilevel.BVFSM: 150,
+}  # fmt: skip
+
+
+def published_steps(x, y, z, F, f, k, method):
+    """One step of each paper, written out with autograd; z is what the method calls its auxiliary."""
+
+    def gradients(function, *at):
+        at = [a.detach().requires_grad_() for a in at]
+        return torch.autograd.grad(function(*at), at, materialize_grads=True)
+
+    def lower_y(x, y):
+        return gradients(f, x, y)[1]
+
+    if isinstance(method, bilevel.F2SA):
+        lam, new = method.penalty(k), method.penalty(k + 1)
+        x = x - method.upper_step_size * (gradients(F, x, y)[0] + lam * (gradients(f, x, y)[0] - gradients(f, x, z)[0]))
+        for _ in range(method.steps):
+            z = z - method.auxiliary_step_size * lower_y(x, z)
+            y = y - method.lower_step_size * (gradients(F, x, y)[1] / new + lower_y(x, y))
+    elif isinstance(method, bilevel.F3SA):
+        lam = method.penalty(k)
+        slope = gradients(F, x, y)[0] + lam * (gradients(f, x, y)[0] - gradients(f, x, z)[0])
+        y_new = y - method.lower_step_size * (gradients(F, x, y)[1] / lam + lower_y(x, y))
+        x, y, z = x - method.upper_step_size * slope, y_new, z - method.auxiliary_step_size * lower_y(x, z)
+    elif isinstance(method, bilevel.MEHA):
+        c, g = method.penalty(k), method.gamma
+        z = z - method.auxiliary_step_size * (lower_y(x, z) + (z - y) / g)
+        slope = gradients(F, x, y)[0] / c + gradients(f, x, y)[0] - gradients(f, x, z)[0]
+        x = x - method.upper_step_size * slope
+        y = y - method.lower_step_size * (gradients(F, x, y)[1] / c + lower_y(x, y) - (y - z) / g)
+    elif isinstance(method, bilevel.VPBGD):
+        c = method.penalty(k)
+        x_new = x - method.step_size * (
+            gradients(F, x, y)[0] + c * (gradients(f, x, y)[0] - gradients(f, x, z)[0])
+        )
+        x, y = x_new, y - method.step_size * (gradients(F, x, y)[1] + c * lower_y(x, y))
+        for _ in range(method.steps):
+            z = z - method.auxiliary_step_size * lower_y(x, z)
+    elif isinstance(method, bilevel.GPBGD):
+        c = method.penalty(k)
+
+        def square(x, y):
+            return (torch.autograd.grad(f(x, y), y, create_graph=True)[0] ** 2).sum()
+
+        slopes, squares = gradients(F, x, y), gradients(square, x, y)
+        x = x - method.step_size * (slopes[0] + c * squares[0])
+        y = y - method.step_size * (slopes[1] + c * squares[1])
+    else:
+        slopes, lower = gradients(F, x, y), gradients(f, x, y)
+        q = lower[0] - gradients(f, x, z)[0], lower[1]
+        square = (q[0] ** 2).sum() + (q[1] ** 2).sum()
+        lam = (method.rate - ((slopes[0] * q[0]).sum() + (slopes[1] * q[1]).sum()) / square).clamp_min(0)
+        x, y = x - method.step_size * (slopes[0] + lam * q[0]), y - method.step_size * (slopes[1] + lam * q[1])
+        z = y
+        for _ in range(method.steps):
+            z = z - method.auxiliary_step_size * lower_y(x, z)
+    return x, y, z
+
+
+GROWING = bilevel.Growth(2.0, power=0.4)
+FIXED = {"debias": None, "stopping": Stopping(rtol=0.0, max_iter=3)}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        bilevel.F2SA(2, GROWING, 0.01, 0.05, 0.05, **FIXED),
+        bilevel.F3SA(0.3, GROWING, 0.01, 0.05, 0.05, **FIXED),
+        bilevel.MEHA(GROWING, 2.0, 0.01, 0.05, 0.05, **FIXED),
+        bilevel.VPBGD(2, GROWING, 100, 0.01, 0.05, **FIXED),
+        bilevel.GPBGD(GROWING, 100, 1e-3, **FIXED),
+        bilevel.BOME(2, 0.5, 0.01, 0.05, **FIXED),
+    ],
+    ids=name,
+)
+def test_numbers_reproduce_the_published_steps(method):
+    case = quadratic(4, 2)
+    state = method.init(case.problem, case.x0, case.y0)
+    for k in range(3):
+        z = getattr(state, "auxiliary", state.y_vector)
+        expected = published_steps(
+            state.x_vector, state.y_vector, z, case.problem.upper, case.problem.lower, k, method
+        )
+        state = method.step(case.problem, state)
+        for found, truth in zip((state.x_vector, state.y_vector, getattr(state, "auxiliary", None)), expected, strict=True):
+            assert found is None or float((found - truth).norm()) <= 1e-12 * max(1.0, float(truth.norm()))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_resume_is_exact_in_either_stage(method, tmp_path):
+    case = quadratic(3, 2)
+    method = dataclasses.replace(method, stopping=Stopping(rtol=None, max_iter=6))
+    whole = method(*start(case))
+    assert whole.converged
+    for steps in (3, 8):  # in the first and in the second stage
+        path = tmp_path / f"{steps}.pt"
+        stop = [lambda k, state, steps=steps: int(state.iterations) >= steps]
+        half = method(*start(case), callbacks=[bilevel.Checkpoint(path, every=1), *stop])
+        assert (half.state.second is None) == (steps == 3)
+        rest = method(*start(case), callbacks=[bilevel.Checkpoint(path, every=1)])
+        assert torch.equal(rest.x, whole.x)
+        assert rest.counts == whole.counts
+        assert len(rest.history) == len(whole.history)
+    state = method.init(*start(case))
+    for _ in range(whole.iterations):
+        state = method.step(case.problem, state)
+    assert torch.equal(state.x_vector, whole.x)
+    assert state.counts == whole.counts
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_upper_set_and_float32(method):
+    case = quadratic(3, 3)
+    problem = bilevel.Problem(case.problem.upper, case.problem.lower, upper_set=BOX)
+    res = method(problem, case.x0, case.y0)
+    assert res.converged
+    assert relative(res.x, bilevel.AID()(problem, case.x0, case.y0).x) < 1e-5
+    low = quadratic(3, 2, dtype=torch.float32)
+    res = method(*start(low))
+    assert res.converged
+    assert res.x.dtype == torch.float32
+    assert relative(res.x, low.x_star) < 5e-3
+
+
+@pytest.mark.parametrize("method", [bilevel.F2SA(), bilevel.MEHA()], ids=name)
+def test_trees_of_tensors(method):
+    case = ridge(20, 3)
+    res = method(*start(case))
+    assert res.converged
+    assert set(res.x) == {"log_penalty"}
+    first = float(vector(case.hypergradient(case.x0)).norm())
+    assert float(vector(case.hypergradient(res.x)).norm()) <= 1e-4 * first
+
+
+def test_the_second_stage_can_be_exchanged():
+    case = quadratic(5, 3)
+    res = bilevel.F2SA(debias=bilevel.AID(), stopping=Stopping(rtol=1e-10, max_iter=20))(*start(case))
+    assert res.converged
+    assert relative(res.x, case.x_star) < 1e-8
+    assert set(res.residuals) >= {"lower", "adjoint", "upper"}
+    with pytest.raises(ValueError, match="AID does not take"):
+        bilevel.MEHA(debias=bilevel.HOAG())(*start(weighted_l1(2)))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_faults_keep_the_last_good_state(method):
+    case = quadratic(3, 2)
+    calls = []
+
+    def lower(x, y):
+        calls.append(0)
+        return case.problem.lower(x, y) * (float("nan") if len(calls) > 120 else 1.0)
+
+    res = method(bilevel.Problem(case.problem.upper, lower), case.x0, case.y0)
+    assert res.status == Status.NON_FINITE
+    assert bool(torch.isfinite(res.x).all())
+    nan = bilevel.Problem(lambda x, y: case.problem.upper(x, y) * float("nan"), case.problem.lower)
+    assert method(nan, case.x0, case.y0).status == Status.NON_FINITE
+
+
+def test_steps_that_are_too_long_are_named():
+    case = quadratic(3, 2)
+    method = bilevel.F2SA(lower_step_size=10.0, auxiliary_step_size=10.0, debias=None)
+    res = method(*start(case))
+    assert res.status in (Status.DIVERGED, Status.NON_FINITE)
+    assert "step size" in Status.DIVERGED.value
+
+
+def test_refusals():
+    case = quadratic(3, 2)
+    with pytest.raises(ValueError, match="debias=None"):
+        bilevel.F2SA()(*start(case), data=lambda k: None if k < 0 else 1)
+    with pytest.raises(ValueError, match="F2SA does not take a lower prox"):
+        bilevel.F2SA()(*start(weighted_l1(2)))
+    with pytest.raises(ValueError, match="upper_step_size must be positive"):
+        bilevel.F2SA(upper_step_size=-1.0)
+    with pytest.raises(ValueError, match="momentum must be in"):
+        bilevel.F3SA(momentum=2.0)
+    with pytest.raises(ValueError, match="power >= 0"):
+        bilevel.Growth(1.0, power=-1.0)
+    with pytest.raises(ValueError, match="must be one of 'elastic net'"):
+        bilevel.MEHA.published("ridge")
+    with pytest.raises(ValueError, match="does not depend on y"):
+        bilevel.BOME()(bilevel.Problem(lambda x, y: (x**2).sum(), case.problem.lower), case.x0, case.y0)
+
+
+@pytest.mark.parametrize("method", [bilevel.F2SA(steps=3, debias=None), bilevel.F3SA(debias=None)], ids=name)
+def test_minibatches(method):
+    """Noisy targets, one draw a step: the same draws give the same run, and x comes near the answer of the mean."""
+    case = quadratic(3, 2, 3.0)
+
+    def noisy(k):
+        g = torch.Generator().manual_seed(k)
+        return bilevel.Batch(*(0.3 * torch.randn(n, generator=g, dtype=DOUBLE) for n in (2, 3)))
+
+    problem = bilevel.Problem(
+        lambda x, y, d: case.problem.upper(x, y) + d @ x, lambda x, y, d: case.problem.lower(x, y) + d @ y
+    )
+    method = dataclasses.replace(method, stopping=Stopping(rtol=0.0, max_iter=400))
+    res = method(problem, case.x0, case.y0, data=noisy)
+    assert res.status == Status.MAX_ITER
+    assert float((res.x - case.x_star).norm()) < 0.15 * float((case.x0 - case.x_star).norm())
+    assert torch.equal(method(problem, case.x0, case.y0, data=noisy).x, res.x)
+
+
+def test_only_the_oracle_is_asked():
+    """F2SA and F3SA reach the problem, its inner products and its sets through `Problem.oracle` alone."""
+
+    class Counting(bilevel.Problem):
+        def oracle(self, spaces, data=None):
+            found = super().oracle(spaces, data)
+            inner = found.norm
+            found.norm = lambda v: asked.append(1) or inner(v)
+            return found
+
+    asked = []
+    case = quadratic(3, 2)
+    for method in (bilevel.F2SA(debias=None), bilevel.F3SA(debias=None)):
+        asked.clear()
+        short = dataclasses.replace(method, stopping=Stopping(rtol=None, max_iter=5))
+        short(Counting(case.problem.upper, case.problem.lower), case.x0, case.y0)
+        assert len(asked) > 20
+
+
+def test_the_barrier_blocks():
+    """At every step y stays where f is below the regularised value plus its slack."""
+    case = merely_convex(2)
+    gaps = []
+    method = dataclasses.replace(bilevel.BVFSM(debias=None), stopping=Stopping(rtol=None, max_iter=30))
+    method(*start(case), callbacks=[lambda k, s: gaps.append(float(s.slack - s.gap))])
+    assert min(gaps) > 0
+
+
+def test_pinned():
+    res = bilevel.F2SA()(*start(quadratic(5, 3)))
+    assert res.iterations <= 80
+    assert res.counts.products == 0

@@ -1,0 +1,265 @@
+"""Minibatches: sources of samples, estimators, and stochastic runs against the full-data answer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from laws_bilevel import vector
+from problems import DOUBLE
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from nestopt import bilevel
+from nestopt.bilevel import Batches, Polynomial
+from nestopt.linalg import Status, Stopping
+
+
+def samples(n=60, p=4, seed=1):
+    """Noisy enough for the best penalty to be neither zero nor infinite."""
+    g = torch.Generator().manual_seed(seed)
+    X, Z = torch.randn(n, p, generator=g, dtype=DOUBLE), torch.randn(n, p, generator=g, dtype=DOUBLE)
+    w = torch.randn(p, generator=g, dtype=DOUBLE)
+    t, u = (P @ w + 2 * torch.randn(n, generator=g, dtype=DOUBLE) for P in (X, Z))
+    return (X, t), (Z, u)
+
+
+def squares(d, y):
+    return ((d[0] @ y - d[1]) ** 2).mean() / 2
+
+
+def logistic(d, y):
+    return torch.nn.functional.softplus(-torch.sign(d[1]) * (d[0] @ y)).mean()
+
+
+def hyperparameter(loss):
+    """The log of a ridge penalty, learnt on other samples."""
+    return bilevel.Problem(lambda x, y, d: loss(d, y), lambda x, y, d: loss(d, y) + x.exp() * (y**2).sum() / 2)
+
+
+LOWER, UPPER = samples()
+START = torch.tensor(-1.0, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE)
+RIDGE = hyperparameter(squares)
+
+
+def repr_of(method):
+    return type(method).__name__
+
+
+def answer(problem):
+    res = bilevel.AID()(problem, *START, data=Batches(LOWER, UPPER, batch_size=None))
+    assert res.converged
+    return res
+
+
+def limited(method, steps, rtol=None):
+    return replace(method, stopping=Stopping(rtol=rtol, max_iter=steps))
+
+
+@pytest.mark.parametrize("method", [bilevel.SABA(), bilevel.SRBA()], ids=repr_of)
+@pytest.mark.parametrize("loss", [squares, logistic], ids=lambda f: f.__name__)
+def test_variance_reduction_reaches_the_full_data_answer(method, loss):
+    """Linear convergence to rounding on minibatches with constant steps, as the certificate on all samples shows."""
+    problem = hyperparameter(loss)
+    truth = answer(problem)
+    res = bilevel.solve(problem, *START, limited(method, 4000), data=Batches(LOWER, UPPER, batch_size=15, seed=1))
+    assert res.status == Status.CONVERGED, (res.error, res.tolerance, res.residuals)
+    assert abs(float(res.x - truth.x)) <= 1e-6 * max(1.0, abs(float(truth.x)))
+    assert float((res.y - truth.y).norm()) <= 1e-7
+
+
+def noise(truth):
+    """What one batch's residuals are at the full-data answer, on the root mean square."""
+    state, method = truth.state, bilevel.SOBA(step_size=0.1, upper_step=0.1)
+    data = Batches(LOWER, UPPER, batch_size=15, seed=1)
+    start = method.init(RIDGE, *START, data(0))
+    there = replace(start, x_vector=state.x_vector, y_vector=state.y_vector, adjoint=state.adjoint)
+    errors = [float(method.measure(RIDGE, there, data.block(i, i)).error) for i in range(4)]
+    return sum(e**2 for e in errors) ** 0.5 / 2
+
+
+PLAIN = [
+    (bilevel.SOBA(), 300), (bilevel.TTSA(), 300), (bilevel.MRBO(), 300), (bilevel.AmIGO(), 60),
+    (bilevel.StocBiO(inner=5, terms=40), 80), (bilevel.BAMM(weight=0.02), 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "steps"), PLAIN, ids=lambda v: type(v).__name__ if not isinstance(v, int) else "")
+def test_plain_samples_reach_a_noise_ball(method, steps):
+    """Falling steps: the error on all samples ends below that of one batch at the answer, and x beside the answer."""
+    truth, far = answer(RIDGE), (START[0] + 2, START[1])
+    data = Batches(LOWER, UPPER, batch_size=15, seed=1)
+    res = bilevel.solve(RIDGE, *far, limited(method, steps), data=data)
+    assert res.status == Status.MAX_ITER
+    assert res.error < noise(truth)
+    assert abs(float(res.x - truth.x)) < 0.5 * abs(float(far[0] - truth.x))
+
+
+@pytest.mark.parametrize("method", [bilevel.SOBA(), bilevel.StocBiO(terms=5), bilevel.SABA()], ids=repr_of)
+def test_seeds_reproduce(method):
+    runs = [
+        bilevel.solve(RIDGE, *START, limited(method, 10), data=Batches(LOWER, UPPER, batch_size=15, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0].x, runs[1].x)
+    assert runs[0].counts == runs[1].counts
+    assert not torch.equal(runs[0].x, runs[2].x)
+
+
+def test_error_is_that_of_the_point_returned_on_held_data():
+    data = Batches(LOWER, UPPER, batch_size=15, seed=1)
+    res = bilevel.solve(RIDGE, *START, limited(bilevel.SOBA(), 33), data=data, check_every=10)
+    errors = [record["error"] for record in res.history]
+    assert len(set(errors)) == 4  # at 0, 10, 20, 30; the end is measured after the last record
+    whole = data.whole()
+    y = res.y.clone().requires_grad_()
+    slope = torch.autograd.grad(RIDGE.lower(res.x, y, whole.lower), y)[0]
+    assert abs(res.residuals["lower"] - float(slope.norm())) < 1e-12
+    assert abs(res.value - float(RIDGE.upper(res.x, res.y, whole.upper))) < 1e-12
+    held = bilevel.Batch(upper=UPPER, lower=LOWER)
+    same = bilevel.solve(RIDGE, *START, limited(bilevel.SOBA(), 33), data=lambda k: data(k), held=held, check_every=10)
+    assert torch.equal(same.x, res.x)
+    assert same.error == res.error
+
+
+def test_any_method_takes_held_data():
+    data = Batches(LOWER, UPPER, batch_size=15)
+    method = bilevel.AID(upper_step=bilevel.ConstantStep(0.5), stopping=Stopping(rtol=0.0, max_iter=4))
+    res = bilevel.solve(RIDGE, *START, method, data=data, check_every=2)
+    y = res.y.clone().requires_grad_()
+    slope = torch.autograd.grad(RIDGE.lower(res.x, y, LOWER), y)[0]
+    assert abs(res.residuals["lower"] - float(slope.norm())) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        bilevel.SABA(),
+        bilevel.SRBA(),
+        bilevel.MRBO(),
+        bilevel.AmIGO(inner=3, upper_step=bilevel.TorchOptimizer(lambda p: torch.optim.Adam(p, lr=0.01))),
+    ],
+    ids=repr_of,
+)
+def test_resume_is_exact(method, tmp_path):
+    def run(limit, callbacks=()):
+        data = Batches(LOWER, UPPER, batch_size=15, seed=1)
+        return bilevel.solve(RIDGE, *START, limited(method, limit), data=data, callbacks=callbacks, check_every=7)
+
+    path = tmp_path / "run.pt"
+    whole = run(20)
+    run(10, [bilevel.Checkpoint(path, every=4)])
+    saved = torch.load(path, weights_only=True)
+    saved["method"] = repr(limited(method, 20))
+    torch.save(saved, path)
+    res = run(20, [bilevel.Checkpoint(path)])
+    assert torch.equal(vector(res.x), vector(whole.x))
+    assert torch.equal(vector(res.y), vector(whole.y))
+
+
+def test_samples_are_counted():
+    """SOBA: F once, f once with two products, on 15 samples each."""
+    data = Batches(LOWER, UPPER, batch_size=15)
+    method = bilevel.SOBA(step_size=0.1, upper_step=0.1)
+    state = method.init(RIDGE, *START, data(0))
+    moved = method.step(RIDGE, state, data(1))
+    assert moved.counts.samples - state.counts.samples == 15 + 3 * 15
+    storm = bilevel.MRBO(step_size=0.1, upper_step=0.1)
+    state = storm.init(RIDGE, *START, data(0))
+    assert storm.step(RIDGE, state, data(1)).counts.samples - state.counts.samples == 2 * (15 + 3 * 15)
+
+
+def test_estimates_of_a_full_pass_are_exact():
+    """SAGA's means and SPIDER's restart equal the directions on all samples, unequal blocks included."""
+    data = Batches(LOWER, UPPER, batch_size=25, upper_batch_size=40)
+    assert [len(block) for block in data.lower.blocks] == [25, 25, 10]
+    full = data.whole()
+    method = bilevel.SOBA(step_size=0.1, upper_step=0.1)
+    exact = method.init(RIDGE, *START, full).memory["estimate"]
+    for estimator in (bilevel.SAGA(), bilevel.SPIDER()):
+        found = replace(method, estimator=estimator).init(RIDGE, *START, data(0)).memory["estimate"]
+        for key, value in exact.items():
+            assert torch.allclose(found[key], value, atol=1e-12), key
+
+
+def test_whole_batches_are_deterministic():
+    """One batch of everything: the automatic steps without noise, and their certificate."""
+    truth = answer(RIDGE)
+    res = bilevel.solve(RIDGE, *START, bilevel.SOBA(), data=Batches(LOWER, UPPER, batch_size=None))
+    assert res.converged
+    assert abs(float(res.x - truth.x)) < 1e-7
+
+
+def test_batches():
+    X = torch.arange(10.0)
+    data = Batches(X, X + 100, batch_size=4, seed=5)
+    assert len(data) == 3
+    assert all(torch.equal(data(k).lower, data(k).lower) for k in range(5))
+    assert all(float(data(k).upper.min()) >= 100 for k in range(5))
+    seen = torch.cat([data.block(i, i).lower for i in range(3)])
+    assert torch.equal(seen.sort().values, X)
+    first = data(1)
+    assert not all(data(k).lower_block == data(k).upper_block for k in range(20))
+    assert {first.other(i).lower_block for i in range(1, 30)} == {0, 1, 2}
+    counts = torch.bincount(torch.tensor([data(k).lower_block for k in range(3000)]), minlength=3) / 3000
+    assert float((counts - torch.tensor([0.4, 0.4, 0.2])).abs().max()) < 0.03  # in proportion to their sizes
+    pairs = Batches(TensorDataset(X, X**2), batch_size=4)
+    assert torch.equal(pairs(0).lower[0] ** 2, pairs(0).lower[1])
+    with pytest.raises(ValueError, match="share their first dimension"):
+        Batches((X, X[:5]), batch_size=2)
+    with pytest.raises(ValueError, match="positive integer"):
+        Batches(X, batch_size=0)
+
+
+def test_from_loader_finds_its_place_again():
+    X = torch.arange(10.0)
+
+    def build():
+        generator = torch.Generator()
+        return bilevel.FromLoader(DataLoader(X, batch_size=3, shuffle=True, generator=generator), seed=3)
+
+    whole = build()
+    batches = [whole(k).lower for k in range(9)]
+    assert torch.equal(torch.cat(batches[:4]).sort().values, X)
+    assert not torch.equal(batches[0], batches[4])
+    resumed = build()
+    assert all(torch.equal(resumed(k).lower, batches[k]) for k in (6, 7, 8, 2))
+    lost = bilevel.FromLoader(DataLoader(X, batch_size=3, shuffle=True))
+    lost(0), lost(1)
+    with pytest.raises(ValueError, match="lost its place"):
+        lost(7)
+    with pytest.raises(ValueError, match="draws=2"):
+        build()(0).other(1)
+    short = bilevel.FromLoader(DataLoader(X, batch_size=3, sampler=RandomSampler(X, num_samples=4)), draws=2)
+    assert len(short) == 2
+    assert short(0).other(1).lower.shape == (1,)
+
+
+def test_loaders_run_with_a_held_certificate():
+    generator = torch.Generator()
+    lower = DataLoader(TensorDataset(*LOWER), batch_size=15, shuffle=True, generator=generator)
+    upper = DataLoader(TensorDataset(*UPPER), batch_size=15, shuffle=True, generator=torch.Generator())
+    held = bilevel.Batch(upper=UPPER, lower=LOWER)
+    method = limited(bilevel.SOBA(step_size=Polynomial(0.1, 0.2), upper_step=Polynomial(0.3, 0.5)), 60)
+    res = bilevel.solve(RIDGE, *START, method, data=bilevel.FromLoader(lower, upper), held=held, check_every=20)
+    assert res.status == Status.MAX_ITER
+    assert res.error < res.history[0]["error"]
+    assert res.counts.samples > 60 * 15
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="SAGA memories need samples with keys"):
+        bilevel.SABA()(RIDGE, *START, data=lambda k: LOWER)
+    with pytest.raises(ValueError, match="SpectralStep compares values"):
+        bilevel.SOBA(upper_step=bilevel.SpectralStep())(RIDGE, *START, data=Batches(LOWER, UPPER, batch_size=10))
+    with pytest.raises(ValueError, match="check_every"):
+        bilevel.SOBA()(RIDGE, *START, data=Batches(LOWER, UPPER, batch_size=10), check_every=0)
+
+
+def test_nan_batch_ends_the_run_with_the_last_good_point():
+    bad = (LOWER[0], LOWER[1].clone())
+    data = Batches(bad, UPPER, batch_size=15, seed=1)
+    bad[1][data.lower.blocks[2][0]] = torch.nan
+    method = limited(bilevel.SOBA(step_size=0.1, upper_step=0.1), 50)
+    res = bilevel.solve(RIDGE, *START, method, data=lambda k: data(0) if k == 0 else data(k))
+    assert res.status == Status.NON_FINITE
+    assert torch.isfinite(res.x)
+    assert torch.isfinite(res.y).all()
