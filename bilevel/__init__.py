@@ -6,8 +6,10 @@ from .assumptions import Assumptions, methods
 from .bamm import BAMM
 from .batched_aid import BatchedAID, BatchedAIDResult
 from .bda import BDA
+from .blocc import BLOCC
 from .bmg import BMG
 from .bome import BOME
+from .bsvrb import BSVRB, BlockBatches, BlockDraw
 from .bvfsm import BVFSM
 from .callbacks import Callback, Checkpoint, EarlyStopping, History, ProgressBar
 from .certificate import Certificate, Constants
@@ -21,10 +23,12 @@ from .estimators import SAGA, SPIDER, STORM, Estimator, Minibatch
 from .f2sa import F2SA
 from .f3sa import F3SA
 from .fully_sharded import FullyShardedProblem, fully_sharded
+from .gaffa import BiCGAFFA
 from .gpbgd import GPBGD
 from .hoag import HOAG, Geometric, LipschitzStep, Polynomial
 from .inner_steps import PerStep
 from .inverses import MinimumNormInverse, RidgeInverse
+from .lv_hba import LVHBA
 from .meha import MEHA
 from .method import BilevelResult, Method
 from .mfac_inverse import MFACInverse
@@ -56,14 +60,17 @@ __all__ = [
     "AID",
     "BAMM",
     "BDA",
+    "BLOCC",
     "BMG",
     "BOME",
+    "BSVRB",
     "BVFSM",
     "DARTS",
     "F2SA",
     "F3SA",
     "GPBGD",
     "HOAG",
+    "LVHBA",
     "MEHA",
     "MRBO",
     "PES",
@@ -81,7 +88,10 @@ __all__ = [
     "BatchedAID",
     "BatchedAIDResult",
     "Batches",
+    "BiCGAFFA",
     "BilevelResult",
+    "BlockBatches",
+    "BlockDraw",
     "Callback",
     "Certificate",
     "Checkpoint",

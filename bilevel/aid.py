@@ -27,7 +27,7 @@ class AID(ImplicitMethod):
     then has kinks where rows become active; a run that would end in one has to be stopped by max_iter.
 
     `error` is the largest of |f_y| (|R|), |F_y - H v| and |P_X(x - g) - x|, all measured at the point returned;
-    CONVERGED means error <= max(rtol * (|F_x| + |f_xy v|), atol) with the scale taken at x0. A lower Hessian that is
+    CONVERGED means error <= max(rtol * (|F_x| + |f_xy v|), atol) with the scale taken at x0 (|F_y| where it is zero). A lower Hessian that is
     singular or indefinite ends the run as SINGULAR (at the start, or in eight trials in a row) or NEGATIVE_CURVATURE:
     y*(x), or the hypergradient, does not exist there. A lower level without a feasible point is INFEASIBLE.
 
@@ -54,6 +54,7 @@ class AID(ImplicitMethod):
         Pedregosa 2016, algorithm 1 with exact inner solves; Ji, Yang & Liang 2021 (AID-BiO).
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()

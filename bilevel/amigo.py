@@ -29,8 +29,8 @@ class AmIGO(SingleLoop):
     nothing is random and on held data else; CONVERGED means error <= max(rtol (|F_x| + |f_xy v|), atol), the scale
     taken at x0.
 
-    Cost of a step, with inner = T: T + 1 gradients of F and 2 T + 1 of f, T + 2 products; where nothing is random one
-    gradient of F, T of f and 2 T + 2 products.
+    Cost of a step, with inner = T, on samples: T + 1 gradients of F, 2 T + 1 of f, T + 2 products; at given steps where
+    nothing is random 2, T + 2 and T + 2; by automatic ones there 1, T and 2 T + 2.
 
     Args:
         step_size: b, a number below 2 / L or a schedule k -> number; None for automatic steps.

@@ -34,8 +34,8 @@ class BAMM(SingleLoop):
 
     Without numbers the steps are automatic (see `SingleLoop`), and m falls tenfold, from `weight` on, each time the
     blended problem is solved to a tenth of m: at the end f_y = -m F_y / (1 - m) is below the tolerance, so the blend's
-    bias is part of what is measured. With numbers or the paper's schedules m = weight (k + 1)^(-1/decline), which
-    leaves a bias of the size of m: `BAMM.published()` after 1e5 steps has m = 0.28.
+    bias is part of what is measured. With numbers or the paper's schedules, and on samples, m = weight (k + 1)^(-1 /
+    decline), which leaves a bias of the size of m: `BAMM.published()` after 1e5 steps has m = 0.28.
 
     `error` is the largest of |f_y| (of the lower level itself), |F_y - phi_yy v| and |P_X(x - g) - x|; CONVERGED means
     error <= max(rtol (|F_x| + |f_xy v|), atol) with the scale taken at x0.
@@ -124,7 +124,7 @@ class BAMM(SingleLoop):
             value: Tensor = weight * problem.upper(x, y, *upper) + (1 - weight) * problem.lower(x, y, *lower)
             return value
 
-        blended = replace(problem, lower=blend)
+        blended = problem.with_lower(blend)
         if data is None or isinstance(data, Draw):
             return blended, None if data is None else _both(data)
         return blended, Batch(upper=part_of(data, "upper"), lower=data)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import optree
 import torch
 from torch import Tensor
 
@@ -303,7 +304,8 @@ def _result(s: BatchedAIDState) -> BatchedAIDResult:
     p = s.points
     assert isinstance(p, HyperPoints)
     return BatchedAIDResult(
-        x=s.ravel.unflatten(p.y.clone()), y=s.ravel_y.unflatten(p.lower.clone()), codes=s.codes,
+        x=optree.tree_map(torch.clone, s.ravel.unflatten(p.y)), codes=s.codes,
+        y=optree.tree_map(torch.clone, s.ravel_y.unflatten(p.lower)),
         iterations=s.iterations, error=s.error, tolerance=s.tolerance, value=p.objective, state=s,
         residuals={"lower": p.lower_residual, "adjoint": p.linear_residual, "upper": p.upper_residual},
         counts=Counts(s.evaluations, s.gradients, s.products, s.evaluations),

@@ -11,10 +11,11 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, TwoPoints, bounded_step, descend, first_size, watched_size
+from .penalty_steps import Curvatures, TwoPoints, Watch, descend
 from .value_difference import ValueDifference
 
 __all__ = ["BOME", "BOMEState"]
@@ -30,7 +31,7 @@ class BOMEState(PenaltyState):
         slope: F_x + lambda q_x.
         slope_y: F_y + lambda q_y.
         gap: q.
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -40,7 +41,7 @@ class BOMEState(PenaltyState):
     slope: Tensor
     slope_y: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -55,11 +56,11 @@ class BOME(PenaltyMethod):
         lambda = max(eta - <grad F, grad q> / |grad q|^2, 0),
 
     the direction nearest to grad F along which q falls at the rate eta |grad q|^2 at least. The published method has
-    one size a. Without one, it runs in variables scaled so that a = 1: x by a size that is halved whenever F + lambda q
-    rises and grows by 5 % when it falls, y by 1 / (L_F + lambda L_f); the inner products are those of these variables.
+    one size a. Without one, it runs in variables scaled so that a = 1: x by a size as in F2SA, y by
+    1 / (L_F + lambda L_f); the inner products are those of these variables.
 
-    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary |f_y| at y_T; upper |P_X(x - slope) -
-    x|; blend |F_y + lambda f_y| / lambda (in units of f, or |F_y| where lambda = 0); then the second stage's. CONVERGED
+    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary lambda |f_y| at y_T;
+    blend |F_y + lambda f_y|; upper |P_X(x - slope) - x|; then the second stage's. CONVERGED
     means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
 
     Cost of a step: one gradient of F and 2 + T of f, no product.
@@ -94,10 +95,12 @@ class BOME(PenaltyMethod):
     step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=150)
+    stopping: Stopping = Stopping(rtol=None, max_iter=50)
 
     State: ClassVar[type[MethodState]] = BOMEState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Ye et al. 2022", unique=False)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "rate", "step_size", "auxiliary_step_size")
@@ -109,19 +112,17 @@ class BOME(PenaltyMethod):
         s = BOMEState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=10 * seen.unit, slope=upper.x,
             slope_y=upper.y, gap=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
-            size=first_size(oracle, x, upper.x, self.step_size, y, upper.y),
+            watch=Watch.start(oracle, x, y, upper, self.step_size),
         )  # fmt: skip
         return self._look(oracle, s, x, y)
 
     def _advance(self, oracle: Oracle, s: BOMEState) -> BOMEState:
-        size, size_y = self._sizes(oracle, s)
+        size, size_y, watch = s.watch.size, self._lower_size(s), s.watch
+        if self.step_size is None:
+            lag = s.residuals["auxiliary"] + s.residuals["blend"]
+            size, watch = watch.move(oracle, s.x_vector, s.slope, s.value, s.gap, s.penalty, lag)
         x = oracle.project(s.x_vector - size * s.slope)
-        y = s.y_vector - size_y * s.slope_y
-        new = self._look(oracle, s, x, y)
-        if self.step_size is not None:
-            return new
-        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
-        return replace(new, size=watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope))
+        return self._look(oracle, replace(s, watch=watch), x, s.y_vector - size_y * s.slope_y)
 
     def _look(self, oracle: Oracle, s: BOMEState, x: Tensor, y: Tensor) -> BOMEState:
         """The T steps from y, the multiplier, and what is seen there."""
@@ -129,22 +130,19 @@ class BOME(PenaltyMethod):
             oracle, lambda v: oracle.lower_y(x, v)[1], x, y, self.steps, s.lower_curvature, self.auxiliary_step_size
         )
         p = TwoPoints.at(oracle, x, y, below)
-        size, size_y = self._sizes(oracle, replace(s, slope=p.upper.x + s.penalty * p.gap_x))
+        size, size_y = s.watch.size, self._lower_size(s)
         along = size * oracle.dot(p.upper.x, p.gap_x) + size_y * oracle.dot(p.upper.y, p.lower.y)
         square = size * oracle.dot(p.gap_x, p.gap_x) + size_y * oracle.dot(p.lower.y, p.lower.y)
         lam = torch.where(square > 0, (self.rate - along / square).clamp_min(0.0), torch.zeros_like(square))
+        tiny = torch.finfo(x.dtype).eps ** 0.5 * s.upper_curvature / s.lower_curvature  # lambda = 0 leaves F_y alone
         slope, slope_y = p.upper.x + lam * p.gap_x, p.upper.y + lam * p.lower.y
-        residuals = p.residuals(oracle, x, y, below, slope)
-        residuals["blend"] = oracle.norm(slope_y) / torch.where(lam > 0, lam, 1.0)
+        residuals = p.residuals(oracle, x, y, below, slope, lam.clamp_min(tiny))
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=below, penalty=lam, slope=slope, slope_y=slope_y, gap=p.gap,
             value=p.upper.value, residuals=residuals, error=error_of(residuals), lower_curvature=f,
         )  # fmt: skip
 
-    def _sizes(self, oracle: Oracle, s: BOMEState) -> tuple[Tensor, Tensor]:
+    def _lower_size(self, s: BOMEState) -> Tensor:
         if self.step_size is not None:
-            size = torch.full_like(s.size, self.step_size)
-            return size, size
-        return bounded_step(oracle, s.x_vector, s.size, s.slope), 1 / (
-            s.upper_curvature + s.penalty * s.lower_curvature
-        )
+            return s.watch.size
+        return 1 / (s.upper_curvature + s.penalty * s.lower_curvature)

@@ -11,10 +11,11 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Schedule, TwoPoints, bounded_step, descend, first_size, watched_size
+from .penalty_steps import Curvatures, Schedule, TwoPoints, Watch, descend
 from .value_difference import ValueDifference
 
 __all__ = ["BVFSM", "BVFSMState"]
@@ -30,7 +31,7 @@ class BVFSMState(PenaltyState):
         barrier: sigma.
         slope: F_x + sigma / (slack - gap) (f_x(x, y) - f_x(x, z)).
         gap: f(x, y) less the regularised value at z.
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -40,7 +41,7 @@ class BVFSMState(PenaltyState):
     barrier: Tensor
     slope: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -56,22 +57,22 @@ class BVFSM(PenaltyMethod):
                   F(x, y) + theta |y|^2 / 2 - sigma log(1 - (f(x, y) - v) / mu),
         x <- P_X(x - s (F_x + sigma / (mu - (f(x, y) - v)) (f_x(x, y) - f_x(x, z)))),
 
-    with mu ~ r^2, sigma ~ r, theta ~ r^2 in units of the problem, so that the multiplier sigma / (mu - gap) is at least
+    with mu ~ r^2, sigma ~ r, theta ~ r^3 in units of the problem, so that the multiplier sigma / (mu - gap) is at least
     of the size of c. The barrier blocks: a y with f(x, y) >= v + mu has the value infinity and is never taken, and
     where a step in x or a shorter mu leaves y outside, y goes back towards z, which is always inside. F selects among
     lower solutions that are not unique.
 
-    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary |f_y| at z; upper
-    |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the
-    scale taken at the start.
+    `error` is the largest of: lower |f_y| at y, which carries the bias; auxiliary, the multiplier
+    times |f_y| at z; blend, |F_y + multiplier f_y|; upper |P_X(x - slope) - x|; then the second stage's. CONVERGED
+    means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
 
     Cost of a step: 1 + T gradients of F, 2 + 2 T of f and a few values for each backtracking; no product.
 
     Args:
         steps: T.
         penalty: c as a schedule k -> c, or a number, in units of the problem; None for Growth(10.0, power=0.5).
-        upper_step_size: s; None for steps that grow by 5 %, but stay below |dx| / |change of
-            the slope|.
+        upper_step_size: s; None for one that doubles, below |dx| / |change of the slope|, and is zero
+            while y and z lag.
         auxiliary_step_size: b, below 2 / L_f; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
         stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
@@ -98,10 +99,12 @@ class BVFSM(PenaltyMethod):
     upper_step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=50)
+    stopping: Stopping = Stopping(rtol=None, max_iter=30)
 
     State: ClassVar[type[MethodState]] = BVFSMState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Liu et al. 2021", unique=False)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "upper_step_size", "auxiliary_step_size")
@@ -112,20 +115,19 @@ class BVFSM(PenaltyMethod):
         zero = torch.zeros_like(upper.value)
         s = BVFSMState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, slack=zero, barrier=zero, slope=upper.x,
-            gap=zero, size=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
         )  # fmt: skip
-        s = self._inner(oracle, s, x, 0)
-        return replace(s, size=first_size(oracle, x, s.slope, self.upper_step_size, y, upper.y))
+        return self._inner(oracle, s, x, 0)
 
     def _advance(self, oracle: Oracle, s: BVFSMState) -> BVFSMState:
-        size = s.size if self.upper_step_size is not None else bounded_step(oracle, s.x_vector, s.size, s.slope)
-        x = oracle.project(s.x_vector - size * s.slope)
-        new = self._inner(oracle, s, x, int(s.iterations) + 1)
         if self.upper_step_size is not None:
-            return new
-        # the barrier's floor and slack move at every step, so that values say nothing; the secant bounds the size
-        still = torch.zeros_like(s.size)
-        return replace(new, size=watched_size(oracle, s.size, (still, still), x - s.x_vector, new.slope - s.slope))
+            size, watch = s.watch.fixed(self.upper_step_size)
+        else:
+            # slack and barrier move at every step, so that potentials say nothing: the secant alone bounds the size
+            none, lag = torch.zeros_like(s.gap), 0.3 * (s.residuals["auxiliary"] + s.residuals["blend"])
+            size, watch = s.watch.move(oracle, s.x_vector, s.slope, none, none, none, lag)
+        x = oracle.project(s.x_vector - size * s.slope)
+        return self._inner(oracle, replace(s, watch=watch), x, int(s.iterations) + 1)
 
     def _inner(self, oracle: Oracle, s: BVFSMState, x: Tensor, k: int) -> BVFSMState:
         """The T steps of z, then of y inside the barrier, and what is seen there."""
@@ -135,7 +137,7 @@ class BVFSM(PenaltyMethod):
             if self.penalty is None
             else (float(self.penalty(k)) if callable(self.penalty) else float(self.penalty))
         )
-        theta = f / c**2
+        theta = f / c**3
         scale = F * oracle.dot(s.y_vector, s.y_vector).clamp_min(1.0)  # of F
         s = replace(s, slack=scale / (F / f * c**2), barrier=scale / c)
         z, f = descend(
@@ -153,8 +155,9 @@ class BVFSM(PenaltyMethod):
             y = self._descended(oracle, s, x, y, floor, theta, F, f)
         p = TwoPoints.at(oracle, x, y, z)
         gap = p.lower.value - floor
-        slope = p.upper.x + s.barrier / (s.slack - gap) * p.gap_x
-        residuals = p.residuals(oracle, x, y, z, slope)
+        multiplier = s.barrier / (s.slack - gap)
+        slope = p.upper.x + multiplier * p.gap_x
+        residuals = p.residuals(oracle, x, y, z, slope, multiplier)
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=z, slope=slope, gap=gap, value=p.upper.value, residuals=residuals,
             error=error_of(residuals), lower_curvature=f,

@@ -1,7 +1,8 @@
-"""What the methods for coupled constraints share: their state, the inner minimisation, spectral steps on the potential."""
+"""What the methods for coupled constraints share: their state, and quasi-Newton steps on the penalised potential."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,18 +15,20 @@ from torch import Tensor
 from nestopt.linalg import Status
 
 from .counts import Counts
+from .inner_minimizer import Inner, minimize_inner, row_scales
 from .joint_projection import JointSet, Rows
 from .lipschitz import largest_curvature
-from .oracle import Oracle, Slopes
+from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState
+from .problem import Problem
+from .upper_step import QuasiNewtonStep, SpectralStep, StepState
 from .value_difference import ValueDifferenceState
-from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
 
-__all__ = ["CoupledMethod", "CoupledState", "Gap", "Inner", "keep_dual", "minimize_inner"]
+__all__ = ["CoupledMethod", "CoupledState", "Gap"]
 
 _AT_CLIP = 100  # steps in a row after which a multiplier at its clip ends the run
-_INNER_STEPS = 300
 _START_ROUNDS = 50
+_STALL = 60  # steps without a tenth off the error, which rounding and the inner accuracy then hold
 _SAFETY = 1.2  # on a curvature estimated from below
 
 
@@ -41,6 +44,7 @@ class CoupledState(PenaltyState):
         curvature: Lipschitz constant of the inner gradient.
         scales: the constraints' factors, 1 / (norm of their gradient at the start) where rows are scaled.
         values: the scaled constraints at (x, y).
+        probe: likewise at a point that stays, to see whether they depend on the data.
         rows: their linear model there, and how many are inequalities.
         upper_slope: gradient of F in (x, y, z).
         gap_slope: gradient of the gap f - v in (x, y, z).
@@ -48,6 +52,8 @@ class CoupledState(PenaltyState):
         inner: residual of theta.
         at_clip: steps in a row for which a multiplier was at its clip.
         rule: the step rule's memory.
+        best: smallest error of this penalty so far.
+        stalled: steps since it was last lowered by a tenth.
     """
 
     theta: Tensor
@@ -57,6 +63,7 @@ class CoupledState(PenaltyState):
     curvature: Tensor
     scales: Tensor
     values: Tensor
+    probe: Tensor
     rows: Rows
     upper_slope: Tensor
     gap_slope: Tensor
@@ -64,6 +71,8 @@ class CoupledState(PenaltyState):
     inner: Tensor
     at_clip: Tensor
     rule: StepState
+    best: Tensor
+    stalled: Tensor
 
     @property
     def dual(self) -> Tensor:
@@ -93,26 +102,6 @@ class CoupledState(PenaltyState):
         return self.status.value
 
 
-class Inner(NamedTuple):
-    """The inner minimiser, where its gradient was evaluated.
-
-    Attributes:
-        theta: the point.
-        multiplier: that belongs to it.
-        values: the scaled constraints there.
-        slopes: of f + <multiplier, c> at (x, theta).
-        residual: norm of the gradient mapping.
-        curvature: the Lipschitz constant that the last steps were taken with.
-    """
-
-    theta: Tensor
-    multiplier: Tensor
-    values: Tensor
-    slopes: Slopes
-    residual: Tensor
-    curvature: Tensor
-
-
 class Gap(NamedTuple):
     """The gap f - v that the penalty holds down.
 
@@ -129,86 +118,13 @@ class Gap(NamedTuple):
     dual: Tensor
 
 
-def minimize_inner(
-    oracle: Oracle,
-    scales: Tensor,
-    x: Tensor,
-    y: Tensor,
-    start: Tensor,
-    dual: Callable[[Tensor], Tensor],
-    gamma: float,
-    curvature: Tensor,
-    tolerance: float,
-    max_iter: int = _INNER_STEPS,
-) -> Inner:
-    """Minimise f(x, th) + M(c(x, th)) + |th - y|^2 / (2 gamma) over th in Y by accelerated projected gradients.
-
-    M' = `dual` maps the scaled constraints to multipliers. Nesterov's scheme for 1/gamma-strong convexity with the
-    momentum dropped where it points uphill; a step that the gradient at its end contradicts doubles the Lipschitz
-    constant.
-
-    Args:
-        oracle: of the step.
-        scales: of the constraints.
-        x: raveled.
-        y: the proximal centre.
-        start: th0.
-        dual: c -> multipliers.
-        gamma: proximal parameter.
-        curvature: Lipschitz constant to begin with.
-        tolerance: on the gradient mapping.
-        max_iter: evaluations.
-
-    Returns:
-        The last point at which the gradient was evaluated.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def multipliers(c: Tensor) -> Tensor:
-        seen["values"] = scales * c
-        seen["multiplier"] = dual(seen["values"])
-        return scales * seen["multiplier"]
-
-    v, last, before = start, start, None
-    floor = 4 * torch.finfo(x.dtype).eps
-    while True:
-        slopes = oracle.weighted(x, v, lower=1.0, dual=multipliers)
-        slope = slopes.y + (v - y) / gamma
-        max_iter -= 1
-        if before is not None:
-            (u, slope_u) = before
-            move = (v - u).norm()
-            if bool((slope - slope_u).norm() > 1.01 * curvature * move + floor * slope_u.norm()):
-                curvature = torch.maximum(2 * curvature, (slope - slope_u).norm() / move)
-        new = oracle.prox(v - slope / curvature, 1 / curvature, x)
-        residual = curvature * (new - v).norm()
-        if not bool(residual > max(tolerance, floor * float(slopes.y.norm()))) or max_iter <= 0:
-            return Inner(v, seen["multiplier"], seen["values"], slopes, residual, curvature)
-        q = (1 / (gamma * curvature)).sqrt()
-        momentum = (1 - q) / (1 + q) if bool(torch.dot(slope, new - last) <= 0) else 0.0
-        before = v, slope
-        v, last = new + momentum * (new - last), new
-        if oracle.nonsmooth.present:
-            v = oracle.prox(v, 1.0, x)
-
-
-def keep_dual(seen: dict[str, Tensor], scales: Tensor, multiplier: Tensor) -> Callable[[Tensor], Tensor]:
-    """Constant multipliers of the scaled constraints, whose values are kept in `seen`."""
-
-    def dual(c: Tensor) -> Tensor:
-        seen["values"] = scales * c
-        return scales * multiplier
-
-    return dual
-
-
 class CoupledMethod(PenaltyMethod):
     """A penalty on a gap that is known through an inner minimisation, by spectral projected gradients or as published.
 
-    With no step sizes given, u = (x, y, z) moves along u+ = P(u - size (F'/c + gap')), size by Barzilai and Borwein
-    with a non-monotone Armijo test on F/c + gap, the inner problem solved to a tenth of what the stationarity still
-    allows, and c grows tenfold whenever the bias is what is left of the error. A subclass writes the gap, the
-    projection and the published step.
+    With no step sizes given, u = (x, y, z) takes quasi-Newton steps along the feasible set, u+ = P(u - size B D), D the
+    projected gradient of F / c + gap, with an Armijo test on F / c + gap; the inner problem is solved to a tenth of
+    what the stationarity still allows, and c grows whenever the bias is what is left of the error. A subclass writes
+    the gap, the projection and the published step.
     """
 
     parts: ClassVar[dict[str, type]] = {"counts": Counts, "rule": StepState, "rows": Rows}
@@ -279,13 +195,7 @@ class CoupledMethod(PenaltyMethod):
                 f"allow; give step_size, inner_step_size and dual_step_size, as {self._name}.published() has them, or "
                 "put all data into the objectives."
             )
-        if not oracle.constrained:
-            count, scales = 0, x.new_ones(0)
-        else:
-            count = oracle.inequalities(x, y)
-            _, c_x, c_y = oracle.constraint_jacobian(x, y)
-            norms = torch.cat([c_x, c_y], 1).norm(dim=1)
-            scales = torch.where(norms > 0, 1 / norms, 1.0) if self.scale_rows else torch.ones_like(norms)
+        count, scales = row_scales(oracle, x, y, self.scale_rows)
         joint = self.joint(oracle, scales, count)
         w, rows, code = self._first_point(joint, torch.cat([x, y]))
         x, y = w[: len(x)], w[len(x) :]
@@ -303,11 +213,13 @@ class CoupledMethod(PenaltyMethod):
         start = SpectralStep().start(w, w, upper.value)
         c0 = upper.value.new_tensor(self.c0)
         if self.step_size is None:  # a first penalty that holds y to within a tenth of the variables' size
-            c0 = torch.maximum(c0, 10 * self.gamma1 * shared["scale"] / w.norm().clamp_min(len(w) ** 0.5))
+            c0 = torch.maximum(c0, 10 * self.gamma1 * shared["scale"] / _size(w))
         empty = CoupledState(
             **shared, error=upper.value.new_tensor(torch.inf), theta=y, multiplier=z, anchor=z,
             penalty=c0.clamp_max(self.c_max), curvature=_SAFETY * curvature, scales=scales, rows=rows,
-            values=scales, upper_slope=w, gap_slope=w, gap=upper.value, inner=upper.value, at_clip=torch.tensor(0), rule=start,
+            values=scales, upper_slope=w, gap_slope=w, gap=upper.value, inner=upper.value,
+            at_clip=torch.tensor(0), rule=start, best=upper.value.new_tensor(torch.inf), stalled=torch.tensor(0),
+            probe=joint.values(_probe_point(w)),
         )  # fmt: skip
         if code != Status.RUNNING:
             return replace(empty, codes=torch.tensor(code.code))
@@ -315,14 +227,10 @@ class CoupledMethod(PenaltyMethod):
             return empty
         if self.step_size is None:
             return self._lower_start(oracle, joint, empty)
-        s = self._evaluate(oracle, joint, empty, w, z, rows, 1e-2 * float(empty.scale))
-        return s
+        return self._evaluate(oracle, joint, empty, w, z, rows, 1e-2 * float(empty.scale))
 
     def _lower_start(self, oracle: Oracle, joint: JointSet, s: CoupledState) -> CoupledState:
-        """Begin at a rough lower solution with its multipliers, or F's first steps would follow the gap of wrong ones.
-
-        The proximal method of multipliers at x0: (th, lam) from (th, lam), then (x0, th) is projected.
-        """
+        # F's first steps would follow the gap of wrong multipliers: first the proximal method of multipliers at x0
         x, th, z, m = s.x_vector, s.y_vector, s.anchor, s.rows.inequalities
         curvature = s.curvature
         for _ in range(_START_ROUNDS):
@@ -357,7 +265,25 @@ class CoupledMethod(PenaltyMethod):
                 f"runs away, but got {self.inner_step_size}; lower it, or pass no step sizes."
             )
 
+    def step(self, problem: Problem, state: Any, data: Any = None) -> Any:
+        """One step; a run that stalls goes over to its second stage."""
+        new = super().step(problem, state, data)
+        if new.second is None and self.debias is not None and int(new.codes) == Status.STAGNATED.code:
+            running = replace(new, codes=torch.tensor(Status.RUNNING.code), iterations=state.iterations)
+            return self.finish(problem, running, data)
+        return new
+
     def _advance(self, oracle: Oracle, s: CoupledState) -> CoupledState:
+        new = self._move(oracle, s)
+        if self.step_size is not None or int(new.codes) != Status.RUNNING.code:
+            return new
+        if bool(new.error < 0.9 * new.best):
+            return replace(new, best=new.error, stalled=torch.zeros_like(s.stalled))
+        stalled = new.stalled + 1
+        code = Status.STAGNATED if int(stalled) >= _STALL else Status.RUNNING
+        return replace(new, stalled=stalled, codes=torch.tensor(code.code))
+
+    def _move(self, oracle: Oracle, s: CoupledState) -> CoupledState:
         joint = self.joint(oracle, s.scales, s.rows.inequalities)
         w = torch.cat([s.x_vector, s.y_vector])
         rows = s.rows
@@ -383,10 +309,13 @@ class CoupledMethod(PenaltyMethod):
         u_new, D_new = self._potential(joint, new)
         value = new.value / s.penalty + new.gap
         eps = torch.finfo(w.dtype).eps
-        noise = 10 * eps * float(s.value.abs() / s.penalty + s.gap.abs()) + self.gamma1 * float(new.inner + s.inner) ** 2
+        noise = (
+            10 * eps * float(s.value.abs() / s.penalty + s.gap.abs()) + self.gamma1 * float(new.inner + s.inner) ** 2
+        )
         if bool(torch.dot(D, u_new - u) < 0) and step.accepts(rule, u_new - u, D, value, noise):
             new = replace(new, rule=step.after(rule, u_new - u, D_new - D, value))
-            if bool(torch.dot(u_new - u, D_new - D) <= 0) and bool(new.gap > s.gap) and bool(s.penalty < self.c_max):
+            bends = bool(torch.dot(u_new - u, D_new - D) <= 0) and bool(new.gap > s.gap)
+            if bends and self.gamma1 * float(new.residuals["lower"]) > 0.1 * _size(w) and float(s.penalty) < self.c_max:
                 # F falls faster and faster as y leaves the lower solutions: this penalty does not hold it
                 return self._raised(joint, new, u_new[: len(w)], 10.0)
             return new
@@ -412,7 +341,10 @@ class CoupledMethod(PenaltyMethod):
         r = s.rule
         size = r.steps[-1].norm() / r.changes[-1].norm() if len(r.steps) else r.size
         rule = StepState(size, (s.value / c + s.gap)[None], r.steps[:0], r.changes[:0])
-        return replace(s, penalty=c, rule=rule, residuals=residuals)
+        return replace(
+            s, penalty=c, rule=rule, residuals=residuals, best=torch.full_like(s.best, torch.inf),
+            stalled=torch.zeros_like(s.stalled),
+        )  # fmt: skip
 
     def _potential(self, joint: JointSet, s: CoupledState) -> tuple[Tensor, Tensor]:
         """U and the gradient of F / c + gap there, its tangent part where quasi-Newton directions are taken."""
@@ -468,11 +400,20 @@ class CoupledMethod(PenaltyMethod):
 
     def _check_rows(self, joint: JointSet, s: CoupledState, w: Tensor) -> None:
         """Refuse constraints whose rows change with the data: multipliers would belong to other samples."""
-        c = joint.values(w)
-        same = c.shape == s.values.shape and bool(((c - s.values).abs() <= 1e-6 * (1 + c.abs())).all())
+        c = joint.values(_probe_point(w))
+        same = c.shape == s.probe.shape and torch.allclose(c, s.probe, rtol=1e-6, atol=1e-6, equal_nan=True)
         if not same:
             raise ValueError(
                 f"{self._name}: the constraints depend on the data, so that from step to step their rows belong to "
                 "other samples, but a multiplier has to stay with its own (there is no sample key); let the "
                 "constraints use all samples at every step, and only the objectives the minibatch."
             )
+
+
+def _probe_point(w: Tensor) -> Tensor:
+    return torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(w)
+
+
+def _size(w: Tensor) -> float:
+    """What counts as large for a change of the variables."""
+    return max(float(w.norm()), math.sqrt(len(w)))

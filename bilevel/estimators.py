@@ -179,11 +179,15 @@ class STORM(Estimator):
 
     momentum: Callable[[int], float] | None = None
 
+    def weight(self, k: int) -> float:
+        """The momentum's a at step k."""
+        return float((k + 1) ** (-2 / 3) if self.momentum is None else self.momentum(k))
+
     def next(
         self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
     ) -> tuple[Pieces, dict[str, Any]]:
         """The corrected momentum."""
-        a = (k + 1) ** (-2 / 3) if self.momentum is None else self.momentum(k)
+        a = self.weight(k)
         return here(data).map(lambda new, e, old: new + (1 - a) * (e - old), last, before(data)), memory
 
 

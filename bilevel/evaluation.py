@@ -42,7 +42,7 @@ class Evaluation:
         hypergradient: raveled, when it was asked for.
         adjoint: v, likewise.
         linear_residual: |F_y - H v|, likewise.
-        scale: |F_x| + |f_xy v|, what the hypergradient was added up from.
+        scale: |F_x| + |f_xy v|, what the hypergradient was added up from; |F_y| where both are zero.
     """
 
     x: Tensor
@@ -166,11 +166,12 @@ class Evaluator:
         fault = e.fault if e.fault is not None else status if status in _FATAL else None
         if fault is None and not all_finite(value):
             fault = Status.NON_FINITE
+        scale = point.upper_x.norm() + (point.upper_x - value).norm()
         products = solution.products + 1 + (point.products if isinstance(point, Optimality) else 0)
         return replace(
             e, point=None, counts=e.counts + Counts(products=products), fault=fault, hypergradient=value,
             adjoint=solution.x, linear_residual=value.new_tensor(float(solution.residual_norm)),
-            scale=point.upper_x.norm() + (point.upper_x - value).norm(),
+            scale=torch.where(scale == 0, point.upper_y.norm(), scale),
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from .counts import Counts
 from .inner_steps import InnerSteps, automatic_rule
 from .method import Method, MethodState
 from .oracle import part_of
-from .problem import Linearization, Problem, Spaces
+from .problem import Problem, Spaces
 from .through_solver import curvatures
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
 
@@ -335,16 +335,16 @@ class Evolution(Method, ABC):
                 y, before = self._mapped(self._user_step(steps, i), x, y), y
                 last = (y[0] - before[0]).norm()
                 if not float(y.norm()) < limit:
-                    return _Swarm(before, {}, i, last, counts, _named(before), i)
+                    return _Swarm(before, {}, i, last, counts, _named(y), i)
             return _Swarm(y, {}, t + self.steps, last, counts)
         shorten, begun = 1.0, (y, memory, t)
-        for _ in range(8):
+        for _ in range(4):
             y, memory, t = begun
             rule, enough, spent = self._inner_rule(steps, x, y, t, tolerance, width, shorten)
             counts += spent
             state = rule.init(y)
             state = type(state)(**memory) if memory else state
-            total, bad = self.max_inner if self.steps is None else self.steps, None
+            total, bad, fault = self.max_inner if self.steps is None else self.steps, None, None
             for i in range(t, t + total):
                 slope = self._slopes(steps, x, y, i)
                 counts += Counts(lower_gradients=len(x))
@@ -353,7 +353,7 @@ class Evolution(Method, ABC):
                     return _Swarm(y, vars(state), i, last, counts)
                 after, state = rule.step(y, slope, state)
                 if not float(after.norm()) < limit:
-                    bad = i
+                    bad, fault = i, _named(after)
                     break
                 y = after
             if bad is None:
@@ -362,7 +362,7 @@ class Evolution(Method, ABC):
             if self.optimizer is not None:
                 break
             shorten *= 4
-        return _Swarm(begun[0], {}, begun[2], last, counts, _named(y), -1 if bad is None else bad)
+        return _Swarm(begun[0], {}, begun[2], last, counts, fault, -1 if bad is None else bad)
 
     def _inner_rule(
         self, steps: InnerSteps, x: Tensor, y: Tensor, t: int, tolerance: float, width: float, shorten: float
@@ -370,7 +370,7 @@ class Evolution(Method, ABC):
         """The optimizer, and the |f_y| below which differences of losses are right to the tolerance."""
         rule, _, _, counts = automatic_rule(steps, x[0], y[0], t, shorten)
         top, low = curvatures(rule)
-        upper = Linearization(steps.problem, steps.spaces, x[0], y[0], steps.data_of(t)).upper_y.norm()
+        upper = steps.linearize(x[0], y[0], t).upper_y.norm()
         eps = torch.finfo(y.dtype).eps
         enough = 0.05 * tolerance * min(1.0, width * low / max(float(upper), eps))
         chosen: DifferentiableOptimizer = rule if self.optimizer is None else self.optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,20 +11,11 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import (
-    Curvatures,
-    Growth,
-    Schedule,
-    TwoPoints,
-    bounded_step,
-    descend,
-    first_size,
-    schedule_value,
-    watched_size,
-)
+from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, descend, schedule_value
 from .value_difference import ValueDifference
 
 __all__ = ["F2SA", "F2SAState"]
@@ -39,7 +30,7 @@ class F2SAState(PenaltyState):
         penalty: lambda.
         slope: F_x + lambda (f_x(x, y) - f_x(x, z)).
         gap: f(x, y) - f(x, z).
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -48,7 +39,7 @@ class F2SAState(PenaltyState):
     penalty: Tensor
     slope: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -63,13 +54,15 @@ class F2SA(PenaltyMethod):
         T times   z <- z - b f_y(x, z)   and   y <- y - a (F_y(x, y) / lambda + f_y(x, y)).
 
     The step in y is that of F + lambda f with its size divided by lambda, and a, b = O(1) against a small s make two
-    time scales, without which it does not work. Without sizes a and b are 1 / (the curvature seen so far), and s is
-    halved whenever F + lambda (f(x, y) - f(x, z)) rises and grows by 5 % when it falls. With data (minibatches; pass
-    debias=None) nothing is watched, and automatic sizes shrink like (1 + k/100)^(-1/2).
+    time scales, without which it does not work. Without sizes a and b are 1 / (the curvature seen so far), and x moves
+    where y and z have nearly settled: s is halved if F + lambda (f(x, y) - f(x, z)) has risen since the last move, else
+    doubled, below |dx| / |change of the slope|. With data (minibatches; pass debias=None) nothing is watched, and
+    automatic sizes shrink like (1 + k/100)^(-1/2).
 
     `error` is the largest of: lower |f_y| at y, which is |F_y| / lambda once y has settled and so carries the bias;
-    auxiliary |f_y| at z; upper |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <=
-    max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+    auxiliary lambda |f_y| at z and blend |F_y + lambda f_y|, which enter the slope; upper
+    |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the
+    scale taken at the start.
 
     Cost of a step: 1 + T gradients of F and 2 + 2 T of f, no product. It touches the problem through its Oracle only.
 
@@ -107,10 +100,12 @@ class F2SA(PenaltyMethod):
     lower_step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=100)
+    stopping: Stopping = Stopping(rtol=None, max_iter=50)
 
     State: ClassVar[type[MethodState]] = F2SAState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Kwon et al. 2023", stochastic=True)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "upper_step_size", "lower_step_size", "auxiliary_step_size")
@@ -121,55 +116,45 @@ class F2SA(PenaltyMethod):
         zero = torch.zeros_like(upper.value)
         s = F2SAState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0), slope=upper.x,
-            gap=zero, size=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
         )  # fmt: skip
-        s = self._inner(oracle, s, x, 0)
-        return replace(s, size=first_size(oracle, x, s.slope, self.upper_step_size, y, upper.y))
+        return self._inner(oracle, s, x, 0)
 
     def _advance(self, oracle: Oracle, s: F2SAState) -> F2SAState:
-        size = s.size
-        if self.upper_step_size is None:
-            size = self._shrunk(oracle, s) * bounded_step(oracle, s.x_vector, size, s.slope)
+        lag = s.residuals["auxiliary"] + s.residuals["blend"]
+        if self.upper_step_size is not None:
+            size, watch = s.watch.fixed(self.upper_step_size)
+        elif oracle.data is not None:
+            size, watch = _shrunk(oracle, s) * s.watch.size, s.watch
+        else:
+            size, watch = s.watch.move(oracle, s.x_vector, s.slope, s.value, s.gap, s.penalty, lag)
         x = oracle.project(s.x_vector - size * s.slope)
-        new = self._inner(oracle, s, x, int(s.iterations) + 1)
-        if self.upper_step_size is not None or oracle.data is not None:
-            return new
-        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
-        size = watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope)
-        return replace(new, size=size)
+        return self._inner(oracle, replace(s, watch=watch), x, int(s.iterations) + 1)
 
     def _inner(self, oracle: Oracle, s: F2SAState, x: Tensor, k: int) -> F2SAState:
         """T steps of z and y at the new x, and what is seen there."""
-        f, F, lam = (
-            s.lower_curvature,
-            s.upper_curvature,
-            self._penalty(Curvatures(s.upper_curvature, s.lower_curvature), k),
-        )
-        shrunk = self._shrunk(oracle, s)
-        b = self.auxiliary_step_size if self.auxiliary_step_size is not None else shrunk / f if shrunk < 1 else None
-        z, f = descend(oracle, lambda v: oracle.lower_y(x, v)[1], x, s.auxiliary, self.steps, f, b)
-        a = self.lower_step_size if self.lower_step_size is not None else shrunk / (f + F / lam) if shrunk < 1 else None
-        blend = descend(
-            oracle,
-            lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y,
-            x,
-            s.y_vector,
-            self.steps,
-            f + F / lam,
-            a,
-        )
-        y, f = blend[0], torch.maximum(f, blend[1] - F / lam)
+        f, F, shrunk = s.lower_curvature, s.upper_curvature, _shrunk(oracle, s)
+        lam = self._penalty(Curvatures(F, f), k)
+        a, b = self.lower_step_size, self.auxiliary_step_size
+        b_size = shrunk / f if b is None and shrunk < 1 else b
+        z, f = descend(oracle, lambda v: oracle.lower_y(x, v)[1], x, s.auxiliary, self.steps, f, b_size)
+        blend = f + F / lam
+        y, seen = descend(
+            oracle, lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y, x, s.y_vector, self.steps, blend,
+            shrunk / blend if a is None and shrunk < 1 else a,
+        )  # fmt: skip
         p = TwoPoints.at(oracle, x, y, z)
         slope = p.upper.x + lam * p.gap_x
-        residuals = p.residuals(oracle, x, y, z, slope)
+        residuals = p.residuals(oracle, x, y, z, slope, lam)
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=z, penalty=lam, slope=slope, gap=p.gap, value=p.upper.value,
-            residuals=residuals, error=error_of(residuals), lower_curvature=f,
+            residuals=residuals, error=error_of(residuals), lower_curvature=torch.maximum(f, seen - F / lam),
         )  # fmt: skip
 
     def _penalty(self, seen: Curvatures, k: int) -> Tensor:
         return schedule_value(self.penalty, seen.unit, Growth(10.0, slope=1.0), k)
 
-    def _shrunk(self, oracle: Oracle, s: Any) -> float:
-        """The factor on automatic step sizes for minibatches."""
-        return 1.0 if oracle.data is None else float((1 + int(s.iterations) / 100) ** -0.5)
+
+def _shrunk(oracle: Oracle, s: F2SAState) -> float:
+    """The factor on automatic step sizes for minibatches."""
+    return 1.0 if oracle.data is None else float((1 + int(s.iterations) / 100) ** -0.5)

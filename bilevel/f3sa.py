@@ -11,24 +11,14 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import (
-    Curvatures,
-    Growth,
-    Schedule,
-    TwoPoints,
-    bounded_step,
-    first_size,
-    schedule_value,
-    watched_size,
-)
+from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, schedule_value
 from .value_difference import ValueDifference
 
 __all__ = ["F3SA", "F3SAState"]
-
-_LAG = 0.3  # how large the slopes in y and z may be, lambda-fold, in x-slopes, when x moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,7 @@ class F3SAState(PenaltyState):
         estimates_x: of F_x and f_x at (x, y), and of f_x at (x, z), of shape (3, n_x).
         estimates_y: of F_y, f_y, f_y, likewise.
         gap: f(x, y) - f(x, z).
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -51,7 +41,7 @@ class F3SAState(PenaltyState):
     estimates_x: Tensor
     estimates_y: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -68,7 +58,7 @@ class F3SA(PenaltyMethod):
     the same sample xi (this step's data) at both points, then lambda grows. Sizes that are not given are F2SA's; x
     waits while y and z have not followed. On data that never changes A, B, C are the exact gradients, for every e.
 
-    `error` is F2SA's with blend, |F_y / lambda + f_y|; with data, all are measured by the step's sample.
+    `error` is F2SA's; with data, it is measured by the step's sample.
 
     Cost of a step: two gradients of F and four of f, no product. It touches the problem through its Oracle only.
 
@@ -105,10 +95,12 @@ class F3SA(PenaltyMethod):
     lower_step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=300)
+    stopping: Stopping = Stopping(rtol=None, max_iter=100)
 
     State: ClassVar[type[MethodState]] = F3SAState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Kwon et al. 2023", stochastic=True)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "momentum", "penalty", "upper_step_size", "lower_step_size", "auxiliary_step_size")
@@ -123,7 +115,7 @@ class F3SA(PenaltyMethod):
         s = F3SAState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0),
             estimates_x=_x(p), estimates_y=_y(p), gap=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
-            size=first_size(oracle, x, upper.x, self.upper_step_size, y, upper.y),
+            watch=Watch.start(oracle, x, y, upper),
         )  # fmt: skip
         return self._measured(oracle, s, p)
 
@@ -134,7 +126,14 @@ class F3SA(PenaltyMethod):
         b = shrunk / f if self.auxiliary_step_size is None else self.auxiliary_step_size
         a = shrunk / (f + F / lam) if self.lower_step_size is None else self.lower_step_size
         slope, slope_y = _slope(s)
-        x_new = oracle.project(x - self._upper_size(oracle, s, slope, slope_y, shrunk) * slope)
+        if self.upper_step_size is not None:
+            size, watch = s.watch.fixed(self.upper_step_size)
+        elif oracle.data is not None:
+            size, watch = shrunk * s.watch.size, s.watch
+        else:
+            lag = s.residuals["auxiliary"] + s.residuals["blend"]
+            size, watch = s.watch.move(oracle, x, slope, s.value, s.gap, lam, lag)
+        x_new = oracle.project(x - size * slope)
         y_new, z_new = y - a * slope_y, z - b * s.estimates_y[2]
         old, new = TwoPoints.at(oracle, x, y, z), TwoPoints.at(oracle, x_new, y_new, z_new)
         keep = 1 - self.momentum
@@ -143,29 +142,17 @@ class F3SA(PenaltyMethod):
             still = torch.equal(x_new, x) and bool(torch.isfinite(seen))
             f = torch.maximum(f, seen) if still else f
         found = replace(
-            s, x_vector=x_new, y_vector=y_new, auxiliary=z_new,
+            s, watch=watch, x_vector=x_new, y_vector=y_new, auxiliary=z_new,
             penalty=self._penalty(Curvatures(F, f), int(s.iterations) + 1),
             estimates_x=_x(new) + keep * (s.estimates_x - _x(old)),
             estimates_y=_y(new) + keep * (s.estimates_y - _y(old)),
             lower_curvature=f,
         )  # fmt: skip
-        found = self._measured(oracle, found, new)
-        if self.upper_step_size is not None or oracle.data is not None or not bool(oracle.norm(x_new - x) > 0):
-            return found
-        potentials = s.value + found.penalty * s.gap, found.value + found.penalty * found.gap
-        return replace(found, size=watched_size(oracle, s.size, potentials, x_new - x, _slope(found)[0] - slope))
-
-    def _upper_size(self, oracle: Oracle, s: F3SAState, slope: Tensor, slope_y: Tensor, shrunk: float) -> Tensor:
-        if self.upper_step_size is not None:
-            return s.size
-        lag = s.penalty * (oracle.norm(slope_y) + oracle.norm(s.estimates_y[2]))
-        size = shrunk * bounded_step(oracle, s.x_vector, s.size, slope)
-        return torch.where(lag <= _LAG * oracle.norm(slope), size, 0.0) if oracle.data is None else size
+        return self._measured(oracle, found, new)
 
     def _measured(self, oracle: Oracle, s: F3SAState, p: TwoPoints) -> F3SAState:
         slope = p.upper.x + s.penalty * p.gap_x
-        residuals = p.residuals(oracle, s.x_vector, s.y_vector, s.auxiliary, slope)
-        residuals["blend"] = oracle.norm(p.upper.y / s.penalty + p.lower.y)
+        residuals = p.residuals(oracle, s.x_vector, s.y_vector, s.auxiliary, slope, s.penalty)
         return replace(s, gap=p.gap, value=p.upper.value, residuals=residuals, error=error_of(residuals))
 
     def _penalty(self, seen: Curvatures, k: int) -> Tensor:

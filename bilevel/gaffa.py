@@ -12,7 +12,8 @@ from torch import Tensor
 from nestopt.linalg import Status, Stopping
 
 from .assumptions import Assumptions
-from .coupled import CoupledMethod, CoupledState, Gap, Inner, keep_dual
+from .coupled import CoupledMethod, CoupledState, Gap
+from .inner_minimizer import Inner, keep_dual
 from .joint_projection import JointSet, Rows
 from .method import Method, MethodState
 from .oracle import Oracle
@@ -28,8 +29,9 @@ class BiCGAFFA(CoupledMethod):
     For min F(x, y), y in argmin {f(x, y): y in Y, g(x, y) <= 0, h(x, y) = 0} with f and g convex in y, it solves
     min F / c + G over x in X, y in Y and z in [0, R]^p (z in [-R, R] for equalities),
     G(x, y, z) = f(x, y) + (|lam|^2 - |z|^2) / (2 gamma2) - min over th in Y of
-    f(x, th) + <z, g(x, th)> + |th - y|^2 / (2 gamma1), with lam = (z + gamma2 g(x, y))_+ (without (.)_+ for equalities):
-    G >= 0, and G = 0 exactly where y solves the lower level and z is its multiplier. One iteration of the paper:
+    f(x, th) + <z, g(x, th)> + |th - y|^2 / (2 gamma1), with lam = (z + gamma2 g(x, y))_+ (for equalities
+    without (.)_+): G >= 0, and G = 0 exactly where y solves the lower level and z is its multiplier. One iteration of
+    the paper:
 
     th+ = P_Y(th - eta (f_y(x, th) + g_y(x, th)'z + (th - y) / gamma1))
     dx = F_x / c_k + f_x(x, y) + g_x(x, y)'lam - f_x(x, th+) - g_x(x, th+)'z
@@ -37,8 +39,8 @@ class BiCGAFFA(CoupledMethod):
     x+ = P_X(x - alpha dx),  y+ = P_Y(y - alpha dy),  z+ = P_Z(z - beta ((lam - z) / gamma2 - g(x, th+)))
 
     That is what runs when the three step sizes are given. Without them th is solved to what the stationarity still
-    needs, (x, y, z) takes quasi-Newton steps where there are no sets and no inequalities and spectral projected steps
-    elsewhere, with an Armijo test on F / c + G, and c grows as in `LVHBA`.
+    needs, (x, y, z) takes quasi-Newton steps along the sets, with an Armijo test on F / c + G, and c grows as in
+    `LVHBA`.
 
     `error` is the largest of "upper", the projected step of F + c G, "inner", c times the residual of th, "dual", the
     projected step of G in z, and "lower", |(y - th) / gamma1, (lam - z) / gamma2|, which is zero exactly where y is
@@ -71,15 +73,17 @@ class BiCGAFFA(CoupledMethod):
         regularized gap functions.
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
-        ...     upper=lambda x, y: (x - 2).square().sum(),
+        ...     upper=lambda x, y: (x - 2).square().sum() + y.square().sum(),
         ...     lower=lambda x, y: (y - 2 * x).square().sum(),
         ...     inequality=lambda x, y: y - x,
         ... )
         >>> one = torch.ones(1, dtype=torch.float64)
-        >>> res = bilevel.BiCGAFFA(debias=None)(problem, one, one.clone())
-        >>> res.status.name, res.x, res.y, res.state.inequality_dual
+        >>> res = bilevel.BiCGAFFA()(problem, one, one.clone())
+        >>> res.status.name, [round(float(v), 4) for v in (res.x, res.y, res.state.inequality_dual)]
+        ('CONVERGED', [1.0, 1.0, 2.0])
     """
 
     gamma1: float = 1.0

@@ -15,13 +15,11 @@ from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Schedule, bounded_step, first_size, schedule_value, watched_size
+from .penalty_steps import Curvatures, Schedule, Watch, schedule_value
 from .problem import Linearization, Problem
 from .value_difference import ValueDifference
 
 __all__ = ["GPBGD", "GPBGDState"]
-
-_LAG = 0.3  # how large the y-slope may be, in x-slopes, when x moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class GPBGDState(PenaltyState):
         slope: F_x + 2 c f_xy f_y.
         slope_y: F_y + 2 c f_yy f_y.
         gap: |f_y|^2.
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -42,7 +40,7 @@ class GPBGDState(PenaltyState):
     slope: Tensor
     slope_y: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -57,10 +55,9 @@ class GPBGD(PenaltyMethod):
 
     The gradient of |f_y|^2 takes PRODUCTS with second derivatives, unlike every other penalty method here, and squares
     the lower level's condition number; any stationary point of f satisfies the constraint, a maximum too. Without a
-    size y gets 1 / (L_F + 2 c L_f^2), and x its own, which is halved whenever the penalised objective rises, grows by
-    5 % when it falls, and is zero while y has not followed.
+    size y gets 1 / (L_F + 2 c L_f^2), and x its own as in F2SA, which is zero while y has not followed.
 
-    `error` is the largest of: lower |f_y|, which carries the bias O(1/c); blend, the y-slope over 2 c L_f; upper
+    `error` is the largest of: lower |f_y|, which carries the bias O(1/c); blend, the y-slope; upper
     |P_X(x - slope) - x|; then the second stage's. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the
     scale taken at the start.
 
@@ -92,13 +89,15 @@ class GPBGD(PenaltyMethod):
     """
 
     penalty: float | Schedule | None = None
-    ramp: int = 100
+    ramp: int = 50
     step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=150)
+    stopping: Stopping = Stopping(rtol=None, max_iter=100)
 
     State: ClassVar[type[MethodState]] = GPBGDState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Shen & Chen 2023", unique=False, products=True)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "penalty", "ramp", "step_size")
@@ -115,31 +114,26 @@ class GPBGD(PenaltyMethod):
         zero = torch.zeros_like(upper.value)
         s = GPBGDState(
             **self._fields(oracle, x, y, upper), error=zero, penalty=zero, slope=upper.x, slope_y=upper.y, gap=zero,
-            size=first_size(oracle, x, upper.x, None, y, upper.y), upper_curvature=seen.upper,
+            watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper,
             lower_curvature=seen.lower,
         )  # fmt: skip
         return self._look(oracle, s, x, y, 0)
 
     def _advance(self, oracle: Oracle, s: GPBGDState) -> GPBGDState:
-        x, f = s.x_vector, s.lower_curvature
+        x, f, c = s.x_vector, s.lower_curvature, s.penalty
         if self.step_size is not None:
-            size, size_y = torch.full_like(s.size, self.step_size), torch.full_like(s.size, self.step_size)
+            (size, watch), size_y = s.watch.fixed(self.step_size), torch.full_like(c, self.step_size)
         else:
-            ready = 2 * s.penalty * f * s.residuals["blend"] <= _LAG * f * oracle.norm(s.slope)
-            size = torch.where(ready, bounded_step(oracle, x, s.size, s.slope), 0.0)
-            size_y = 1 / (s.upper_curvature + 2 * s.penalty * f.square())
+            size, watch = s.watch.move(oracle, x, s.slope, s.value, s.gap, c, s.residuals["blend"])
+            size_y = 1 / (s.upper_curvature + 2 * c * f.square())
         x = oracle.project(x - size * s.slope)
         y = s.y_vector - size_y * s.slope_y
-        new = self._look(oracle, s, x, y, int(s.iterations) + 1)
-        if self.step_size is not None:
+        new = self._look(oracle, replace(s, watch=watch), x, y, int(s.iterations) + 1)
+        if self.step_size is not None or bool(size > 0) or bool(new.penalty > c):
             return new
-        if not bool(oracle.norm(x - s.x_vector) > 0):
-            seen = oracle.norm(new.slope_y - s.slope_y) / oracle.norm(y - s.y_vector)  # L_F + 2 c L_f^2 along the step
-            raised = ((seen - s.upper_curvature).clamp_min(0.0) / (2 * s.penalty)).sqrt()
-            same = torch.isfinite(raised) & (new.penalty <= s.penalty)
-            return replace(new, lower_curvature=torch.where(same, torch.maximum(f, raised), f))
-        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
-        return replace(new, size=watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope))
+        seen = oracle.norm(new.slope_y - s.slope_y) / oracle.norm(y - s.y_vector)  # L_F + 2 c L_f^2 along the step
+        raised = ((seen - s.upper_curvature).clamp_min(0.0) / (2 * c)).sqrt()
+        return replace(new, lower_curvature=torch.where(torch.isfinite(raised), torch.maximum(f, raised), f))
 
     def _look(self, oracle: Oracle, s: GPBGDState, x: Tensor, y: Tensor, k: int) -> GPBGDState:
         unit = s.upper_curvature / s.lower_curvature.square()
@@ -150,7 +144,7 @@ class GPBGD(PenaltyMethod):
         oracle.counts += Counts(1, 1, 2)
         residuals = {
             "lower": oracle.norm(g),
-            "blend": oracle.norm(slope_y) / (2 * c * s.lower_curvature),
+            "blend": oracle.norm(slope_y),
             "upper": oracle.norm(oracle.project(x - slope) - x),
         }
         return replace(

@@ -91,9 +91,7 @@ class LipschitzStep(UpperStep):
 
     def __post_init__(self) -> None:
         if self.lipschitz is not None and not self.lipschitz > 0:
-            raise ValueError(
-                f"LipschitzStep: lipschitz must be positive, but got {self.lipschitz}; None estimates it."
-            )
+            raise ValueError(f"LipschitzStep: lipschitz must be positive, but got {self.lipschitz}; None estimates it.")
 
     def start(self, x: Tensor, hypergradient: Tensor, value: Tensor) -> StepState:
         """The state at the first evaluated point."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from nestopt.implicit import SGD
 from nestopt.implicit.differentiable_optimizers import DifferentiableOptimizer
+from nestopt.linalg import Status
 from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, products
 from nestopt.linalg.isolation import RandomState
 from nestopt.linalg.lanczos import extreme_eigenvalues
+from nestopt.linalg.result import all_finite
 from nestopt.linalg.tree import Ravel
 
 from .counts import Counts
@@ -155,7 +157,7 @@ class InnerSteps:
 
     def advance(
         self, segment: Segment, x: Tensor, *, enough: float = -1.0, limit: float = math.inf
-    ) -> tuple[Carry, int, float, int | None]:
+    ) -> tuple[Carry, int, float, tuple[int, Status] | None]:
         """Take the segment's steps without a graph.
 
         Args:
@@ -166,7 +168,8 @@ class InnerSteps:
 
         Returns:
             The last carry, the steps taken, the last slope's norm (before the last step, or where it stopped), and the
-            number of the step that left the finite numbers or the limit (the carry is that before it), or None.
+            number of the step that left the finite numbers or the limit with what it did (the carry is that before it),
+            or None.
         """
         x_leaves, carry, size = [leaf.detach() for leaf in self.spaces.x.split(x)], segment.carry, math.inf
         for i in range(segment.count):
@@ -176,7 +179,7 @@ class InnerSteps:
             if size <= enough and (self.weight is None or self.weight(t) == 0):
                 return carry, i, size, None
             if not float(after.y.norm()) < limit:  # NaN fails it
-                return carry, i, size, t
+                return carry, i, size, (t, Status.DIVERGED if all_finite(after.y) else Status.NON_FINITE)
             carry = after
         return carry, segment.count, size, None
 
@@ -216,7 +219,8 @@ class InnerSteps:
         inputs = [t.detach().clone().requires_grad_() for t in segment.carry.tensors()]
         end, slope = self.step(segment.rule, x_leaves, segment.carry.rebuilt(inputs), segment.first, graph=True)
         outputs = end.tensors()
-        m = len(tangent)
+        m, size = len(tangent), sum(t.numel() for t in inputs)
+        tangent = torch.cat([tangent, tangent.new_zeros(m, size - tangent.shape[1])], 1)  # a new memory is constant
         into = Ravel.of(tuple(inputs) + tuple(x_leaves), "carry")
         jacobian = GraphOperator(outputs, [*inputs, *x_leaves], Ravel.of(tuple(outputs), "carry"), into, chunk_size=m)
         moved = jacobian @ torch.cat([tangent, torch.eye(m, dtype=x.dtype, device=x.device)], 1)
@@ -225,6 +229,11 @@ class InnerSteps:
     def data_of(self, t: int) -> Any:
         """The data of inner step t."""
         return data_at(self.data, t)
+
+    def linearize(self, x: Tensor, y: Tensor, t: int) -> Linearization:
+        """Both objectives at (x, y) with the data and the random numbers of inner step t."""
+        point: Linearization = self.seeded(lambda: Linearization(self.problem, self.spaces, x, y, self.data_of(t)), t)
+        return point
 
     def lower_slopes(self, x: Tensor, y: Tensor, t: int) -> Slopes:
         """The direction's objective at inner step t with its gradients in x and y."""
@@ -274,7 +283,7 @@ def automatic_rule(
     Returns:
         The optimizer, its rate of convergence on a quadratic, whether f is flat in some direction, and the cost.
     """
-    point = Linearization(steps.problem, steps.spaces, x, y, data_at(steps.data, t))
+    point = steps.linearize(x, y, t)
     ends = extreme_eigenvalues(point.hessian, steps=60, rtol=0.05)
     counts = Counts(1, 1, int(ends.products))
     high, low = float(ends.highest), float(ends.lowest)
@@ -282,10 +291,8 @@ def automatic_rule(
     if steps.weight is not None and steps.weight(t):  # F is in the direction as well
         leaves = fresh_leaves(steps.spaces.y, steps.spaces.y.unflatten(y))
         part = part_of(data_at(steps.data, t), "upper")
-        value = evaluate(
-            steps.problem.upper, steps.spaces.x.unflatten(x), steps.spaces.y.build(leaves),
-            *(() if part is None else (part,)), name="upper",
-        )  # fmt: skip
+        arguments = steps.spaces.x.unflatten(x), steps.spaces.y.build(leaves), *(() if part is None else (part,))
+        value = steps.seeded(lambda: evaluate(steps.problem.upper, *arguments, name="upper"), t)
         space = steps.spaces.y
         upper = GraphOperator(gradient(value, leaves, create_graph=True), leaves, space, space, symmetric=True)
         seen = extreme_eigenvalues(upper, steps=30, rtol=0.05, need_lowest=False)

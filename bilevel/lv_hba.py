@@ -13,7 +13,8 @@ from torch import Tensor
 from nestopt.linalg import Status, Stopping
 
 from .assumptions import Assumptions
-from .coupled import CoupledMethod, CoupledState, Gap, Inner, keep_dual
+from .coupled import CoupledMethod, CoupledState, Gap
+from .inner_minimizer import Inner, keep_dual
 from .joint_projection import JointSet, Rows
 from .method import Method, MethodState
 from .oracle import Oracle
@@ -37,10 +38,9 @@ class LVHBA(CoupledMethod):
     (x, y)+ = P_C((x, y) - alpha (dx, dy)),  z+ = P_Z(z + beta (lam+ - z) / gamma2),  c_k = c0 (k + 1)^power.
 
     That is what runs when the three step sizes are given. Without them (th, lam) is solved to what the stationarity
-    still needs, (x, y, z) takes quasi-Newton steps along C where nothing but equations binds and spectral projected
-    steps elsewhere, with an Armijo test on F / c + f - v, and c grows where F outruns the gap, and, without a second
-    stage, until the bias is below the tolerance. P_C needs no modelling language: see `JointSet`; constraints count as
-    affine when a numerical test says so, which every projection repeats.
+    still needs, (x, y, z) takes quasi-Newton steps along C, with an Armijo test on F / c + f - v, and c grows where F
+    outruns the gap, and, without a second stage, until the bias is below the tolerance. P_C needs no modelling
+    language: see `JointSet`; constraints count as affine when a numerical test says so, which every projection repeats.
 
     `error` is the largest of "upper", the projected step of F + c (f - v) on the linearised C, "inner", c times the
     residual of th, "dual", |lam - z| / gamma2, "lower", |y - th| / gamma1, which is zero exactly where y solves the
@@ -73,16 +73,17 @@ class LVHBA(CoupledMethod):
         Hessian-free algorithm.
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
-        ...     upper=lambda x, y: (x - 2).square().sum(),
+        ...     upper=lambda x, y: (x - 2).square().sum() + y.square().sum(),
         ...     lower=lambda x, y: (y - 2 * x).square().sum(),
         ...     inequality=lambda x, y: y - x,
-        ...     upper_set=None,
         ... )
         >>> one = torch.ones(1, dtype=torch.float64)
-        >>> res = bilevel.LVHBA(debias=None)(problem, one, one.clone())
-        >>> res.status.name, res.x, res.y, res.state.inequality_dual
+        >>> res = bilevel.LVHBA()(problem, one, one.clone())
+        >>> res.status.name, [round(float(v), 4) for v in (res.x, res.y, res.state.inequality_dual)]
+        ('CONVERGED', [1.0, 1.0, 2.0])
     """
 
     gamma1: float = 1.0

@@ -11,24 +11,15 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import (
-    Curvatures,
-    Growth,
-    Schedule,
-    TwoPoints,
-    bounded_step,
-    first_size,
-    schedule_value,
-    watched_size,
-)
+from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, schedule_value
 from .value_difference import ValueDifference
 
 __all__ = ["MEHA", "MEHAState"]
 
-_LAG = 0.3  # how large the residuals of theta and y may be, in slopes, when x moves
 # (alpha, beta, eta, gamma, c0, p), as seen to work
 _PUBLISHED = {
     "elastic net": (1e-3, 1e-5, 1e-5, 2.0, 1e-2, 0.1),
@@ -46,9 +37,8 @@ class MEHAState(PenaltyState):
         penalty: c.
         upper_slopes: F_x at (x, y).
         lower_slopes: f_x + h_x at (x, y).
-        slope: of F + c (f + h - v) in x, as far as theta gives it.
         envelope: f + h at y, less f + h + |theta - y|^2 / (2 gamma) at theta.
-        size: step size in x on the scale of F: alpha / c.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -57,9 +47,8 @@ class MEHAState(PenaltyState):
     penalty: Tensor
     upper_slopes: Tensor
     lower_slopes: Tensor
-    slope: Tensor
     envelope: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -76,13 +65,13 @@ class MEHA(PenaltyMethod):
         y+ = prox_(beta h(x+, .))(y - beta (F_y(x+, y) / c + f_y(x+, y) - (y - theta+) / gamma))
 
     with c = c_k growing: F is DIVIDED by it, and the threshold of a prox is eta times the weight. Where no size is
-    given, eta and beta are 1 / (Lipschitz constant of their slope), raised when steps see more, and alpha is halved
-    whenever the potential F / c + f + h - (f + h + |theta - y|^2 / (2 gamma)) at theta rises, and grows by 5 % when it
-    falls. The lower solution need not be unique: F selects among them.
+    given, eta and beta are 1 / (Lipschitz constant of their slope), raised when steps see more, and x moves
+    where theta and y have nearly settled: alpha is halved if F + c (f + h - v) has risen since the last move, else
+    doubled, below |dx| / |change of the slope|. The lower solution need not be unique: F selects among them.
 
-    `error` is the largest of: lower, the prox residual of f + h at y, which carries the bias O(1/c); auxiliary, that
-    of theta's problem; blend, that of y's; upper, |P_X(x - slope) - x|; then the second stage's. CONVERGED means
-    error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+    `error` is the largest of: lower, the prox residual of f + h at y, which carries the bias O(1/c); auxiliary, c
+    times that of theta's problem; blend, c times that of y's; upper, |P_X(x - slope) - x|; then the second stage's.
+    CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
 
     Cost of a step: two gradients of F, five of f and two proxes; no product.
 
@@ -122,12 +111,14 @@ class MEHA(PenaltyMethod):
     lower_step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=200)
+    stopping: Stopping = Stopping(rtol=None, max_iter=100)
 
     State: ClassVar[type[MethodState]] = MEHAState
     assumptions: ClassVar[Assumptions] = Assumptions(
         "penalty", "Liu et al. 2024", lower_set=True, lower_prox=True, unique=False
     )
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "penalty", "gamma", "upper_step_size", "lower_step_size", "auxiliary_step_size")
@@ -164,12 +155,10 @@ class MEHA(PenaltyMethod):
         zero = torch.zeros_like(upper.value)
         s = MEHAState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0),
-            upper_slopes=upper.x, lower_slopes=x, slope=x, envelope=zero, size=zero, upper_curvature=seen.upper,
-            lower_curvature=seen.lower,
+            upper_slopes=upper.x, lower_slopes=x, envelope=zero, watch=Watch.start(oracle, x, y, upper),
+            upper_curvature=seen.upper, lower_curvature=seen.lower,
         )  # fmt: skip
-        s = self._measured(oracle, s, x, y, y, 0)
-        size = first_size(oracle, x, upper.x, None, y, upper.y)
-        return replace(s, size=size)
+        return self._measured(oracle, s, x, y, y, 0)
 
     def _advance(self, oracle: Oracle, s: MEHAState) -> MEHAState:
         x, y, c, gamma = s.x_vector, s.y_vector, s.penalty, self._gamma(s)
@@ -183,27 +172,28 @@ class MEHA(PenaltyMethod):
         seen = oracle.norm(there.y - first) / step
         f = torch.where(torch.isfinite(seen), torch.maximum(f, seen), f)
         slope = s.upper_slopes / c + s.lower_slopes - there.x - oracle.term_x(x, theta)
-        x = oracle.project(x - self._upper_size(oracle, s, slope) * slope)
+        if self.upper_step_size is not None:
+            alpha, watch = s.watch.fixed(self.upper_step_size)
+        else:
+            lag = s.residuals["auxiliary"] + s.residuals["blend"]
+            size, watch = s.watch.move(oracle, x, c * slope, s.value, s.envelope, c, lag)
+            alpha = c * size
+        x = oracle.project(x - alpha * slope)
         blend = oracle.weighted(x, y, upper=1 / c, lower=1.0)
         y = oracle.prox(y - beta * (blend.y - (y - theta) / gamma), beta, x)
-        new = self._measured(oracle, replace(s, lower_curvature=f), x, y, theta, int(s.iterations) + 1)
-        if self.upper_step_size is not None or torch.equal(x, s.x_vector):
-            return new
-        potentials = s.value + new.penalty * s.envelope, new.value + new.penalty * new.envelope
-        size = watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope)
-        return replace(new, size=size)
+        return self._measured(oracle, replace(s, lower_curvature=f, watch=watch), x, y, theta, int(s.iterations) + 1)
 
     def _measured(self, oracle: Oracle, s: MEHAState, x: Tensor, y: Tensor, theta: Tensor, k: int) -> MEHAState:
         c, gamma = self._penalty(Curvatures(s.upper_curvature, s.lower_curvature), k), self._gamma(s)
         p, pull = TwoPoints.at(oracle, x, y, theta), (y - theta) / gamma
         slope = p.upper.x + c * p.gap_x
-        residuals = p.residuals(oracle, x, y, theta, slope)
-        residuals["auxiliary"] = oracle.lower_residual(x, theta, p.auxiliary.y - pull)
-        residuals["blend"] = oracle.lower_residual(x, y, p.upper.y / c + p.lower.y - pull)
+        residuals = p.residuals(oracle, x, y, theta, slope, c)
+        residuals["auxiliary"] = c * oracle.lower_residual(x, theta, p.auxiliary.y - pull)
+        residuals["blend"] = c * oracle.lower_residual(x, y, p.upper.y / c + p.lower.y - pull)
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=theta, penalty=c, upper_slopes=p.upper.x,
             lower_slopes=p.lower.x + oracle.term_x(x, y), envelope=p.gap - gamma / 2 * oracle.dot(pull, pull),
-            value=p.upper.value, residuals=residuals, slope=slope, error=error_of(residuals),
+            value=p.upper.value, residuals=residuals, error=error_of(residuals),
         )  # fmt: skip
 
     def _penalty(self, seen: Curvatures, k: int) -> Tensor:
@@ -211,14 +201,6 @@ class MEHA(PenaltyMethod):
 
     def _gamma(self, s: Any) -> Tensor:
         return 0.5 / s.lower_curvature if self.gamma is None else torch.full_like(s.lower_curvature, self.gamma)
-
-    def _upper_size(self, oracle: Oracle, s: MEHAState, slope: Tensor) -> Tensor:
-        """Alpha; where it is not given, zero until theta and y have nearly settled: their lag counts c-fold."""
-        if self.upper_step_size is not None:
-            return torch.full_like(s.size, self.upper_step_size)
-        lag = s.residuals["auxiliary"] + s.residuals["blend"]
-        size = bounded_step(oracle, s.x_vector, s.size * s.penalty, slope)
-        return torch.where(lag <= _LAG * oracle.norm(slope), size, 0.0)
 
     def _size(self, given: float | None, automatic: Tensor) -> Tensor:
         return automatic if given is None else torch.full_like(automatic, given)

@@ -39,7 +39,7 @@ class PenaltyMethod(Method):
     """A method whose answer is biased by a penalty, followed by a second stage that removes the bias.
 
     A subclass writes `_begin` and `_advance`. Its own loop ends after `stopping.max_iter` steps, or when its residuals
-    other than the bias ("lower") are below a tenth of it; then `debias`, any Method, goes on from its last point with
+    other than the bias ("lower") are below it; then `debias`, any Method, goes on from its last point with
     the same tolerance. Counts, history, callbacks and checkpoints go through both stages.
     """
 
@@ -209,7 +209,7 @@ def penalty_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
 def _settled(s: PenaltyState) -> bool:
     """Whether the bias is what is left of the error."""
     rest = [value for name, value in s.residuals.items() if name != "lower"]
-    return bool(torch.stack(rest).amax() <= 0.1 * s.residuals["lower"])
+    return bool(torch.stack(rest).amax() <= s.residuals["lower"])
 
 
 def _follow(s: Any, second: MethodState, before: Counts) -> Any:

@@ -12,17 +12,9 @@ from torch import Tensor
 from .lipschitz import largest_curvature
 from .oracle import Oracle, Slopes
 
-__all__ = [
-    "Curvatures",
-    "Growth",
-    "TwoPoints",
-    "bounded_step",
-    "descend",
-    "first_size",
-    "schedule_value",
-    "watched_size",
-]
+__all__ = ["Curvatures", "Growth", "Schedule", "TwoPoints", "Watch", "descend", "schedule_value"]
 
+_LAG = 0.3  # how large the residuals in y and z may be, in slopes of x, when x moves
 _SAFETY = 1.2  # on estimates of Lipschitz constants, which are lower bounds
 
 
@@ -173,8 +165,10 @@ class TwoPoints(NamedTuple):
         """The gap's derivative in x with y and z held, which is exact where z is a minimiser."""
         return self.lower.x - self.auxiliary.x + self.term
 
-    def residuals(self, oracle: Oracle, x: Tensor, y: Tensor, z: Tensor, slope: Tensor) -> dict[str, Tensor]:
-        """Named parts of the error.
+    def residuals(
+        self, oracle: Oracle, x: Tensor, y: Tensor, z: Tensor, slope: Tensor, penalty: Tensor
+    ) -> dict[str, Tensor]:
+        """Named parts of the error, all but the first in units of F: what y and z leave counts penalty-fold in x.
 
         Args:
             oracle: for norms, sets and the prox.
@@ -182,60 +176,80 @@ class TwoPoints(NamedTuple):
             y: raveled lower variable.
             z: raveled minimiser of f.
             slope: of the penalised objective in x.
+            penalty: c.
 
         Returns:
-            The parts: lower |f_y| at y (which carries the bias), auxiliary |f_y| at z, upper |P_X(x - slope) - x|.
+            The parts: lower |f_y| at y (which carries the bias), auxiliary c |f_y| at z, blend |F_y + c f_y|, upper
+            |P_X(x - slope) - x|.
         """
         return {
             "lower": oracle.lower_residual(x, y, self.lower.y),
-            "auxiliary": oracle.lower_residual(x, z, self.auxiliary.y),
+            "auxiliary": penalty * oracle.lower_residual(x, z, self.auxiliary.y),
+            "blend": penalty * oracle.lower_residual(x, y, self.upper.y / penalty + self.lower.y),
             "upper": oracle.norm(oracle.project(x - slope) - x),
         }
 
 
-def first_size(oracle: Oracle, x: Tensor, slope: Tensor, given: float | None, y: Tensor, slope_y: Tensor) -> Tensor:
-    """The first step size in x: given, or for a step of 0.1 max(1, |x|) along the slope.
+@dataclass(frozen=True)
+class Watch:
+    """The step size in x, and the last point where x moved, with which the next one is compared.
 
-    Args:
-        oracle: for norms.
-        x: raveled upper variable.
-        slope: in x; where it is zero, that in y gives the scale.
-        given: the user's size, or None.
-        y: raveled lower variable.
-        slope_y: F_y.
+    Where the residuals in y and z (the lag) are within 0.3 of the slope in x, x moves: the size is halved if the
+    potential F + penalty * gap has risen since the last move, else doubled, and kept below |dx| / |change of slope|;
+    no step is longer than 0.1 max(1, |x|). Elsewhere x waits, for the lag counts penalty-fold in its slope.
 
-    Returns:
-        A 0-d tensor.
+    Attributes:
+        size: step size.
+        x: where x moved last.
+        slope: there.
+        value: F there.
+        gap: there.
     """
-    if given is not None:
-        return x.new_tensor(given)
-    steepness = torch.maximum(oracle.norm(slope), 0.1 * oracle.norm(slope_y))
-    return 0.1 * oracle.norm(x).clamp_min(1.0) / steepness.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
 
+    size: Tensor
+    x: Tensor
+    slope: Tensor
+    value: Tensor
+    gap: Tensor
 
-def watched_size(
-    oracle: Oracle, size: Tensor, potentials: tuple[Tensor, Tensor], step: Tensor, change: Tensor
-) -> Tensor:
-    """The next step size in x: halved where the potential rose beyond rounding, 5 % longer where it did not.
+    @classmethod
+    def start(cls, oracle: Oracle, x: Tensor, y: Tensor, upper: Slopes, given: float | None = None) -> Watch:
+        """With the given size, or one for a step of 0.1 max(1, |x|)."""
+        steepness = torch.maximum(oracle.norm(upper.x), 0.1 * oracle.norm(upper.y))
+        size = 0.1 * oracle.norm(x).clamp_min(1.0) / steepness.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+        size = size if given is None else torch.full_like(size, given)
+        return cls(size, x, upper.x, upper.value, torch.zeros_like(upper.value))
 
-    Args:
-        oracle: for norms.
-        size: of the step just taken.
-        potentials: before and after it, with the same penalty.
-        step: in x.
-        change: of the slope over it; the size is kept below |step| / |change|.
+    def fixed(self, given: float) -> tuple[Tensor, Watch]:
+        """A size that the user chose."""
+        return torch.full_like(self.size, given), self
 
-    Returns:
-        A 0-d tensor.
-    """
-    before, after = potentials
-    noise = 100 * torch.finfo(size.dtype).eps * before.abs()
-    bound = oracle.norm(step) / oracle.norm(change)
-    size = size * torch.where(after <= before + noise, 1.05, 0.5)
-    return torch.where(torch.isfinite(bound) & (bound > 0), torch.minimum(size, bound), size)
+    def move(
+        self, oracle: Oracle, x: Tensor, slope: Tensor, value: Tensor, gap: Tensor, penalty: Tensor, lag: Tensor
+    ) -> tuple[Tensor, Watch]:
+        """The size of the step from x, zero where x waits, and what is remembered.
 
+        Args:
+            oracle: for norms.
+            x: raveled upper variable.
+            slope: of the potential in x.
+            value: F.
+            gap: what the penalty multiplies.
+            penalty: its weight.
+            lag: residuals in y and z in units of F.
 
-def bounded_step(oracle: Oracle, x: Tensor, size: Tensor, slope: Tensor) -> Tensor:
-    """The size, no longer than for a step of 0.1 max(1, |x|)."""
-    longest = 0.1 * oracle.norm(x).clamp_min(1.0) / oracle.norm(slope)
-    return torch.where(longest < size, longest, size)
+        Returns:
+            The size and the next Watch.
+        """
+        steepness = oracle.norm(slope)
+        if bool(lag > _LAG * steepness):
+            return torch.zeros_like(self.size), self
+        size, step = self.size, oracle.norm(x - self.x)
+        if bool(step > 0):
+            before, after = self.value + penalty * self.gap, value + penalty * gap
+            noise = 100 * torch.finfo(size.dtype).eps * before.abs()
+            bound = step / oracle.norm(slope - self.slope)
+            size = size * torch.where(after <= before + noise, 2.0, 0.5)
+            size = torch.where(torch.isfinite(bound) & (bound > 0), torch.minimum(size, bound), size)
+        longest = 0.1 * oracle.norm(x).clamp_min(1.0) / steepness
+        return torch.where(longest < size, longest, size), Watch(size, x, slope, value, gap)

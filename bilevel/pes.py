@@ -24,9 +24,9 @@ class PES(Evolution):
         g = 1/(2 N sigma^2) sum_i (F(x + eps_i, y_i+) - F(x - eps_i, y_i-)) xi_i,
 
     whose sum over an episode of `truncations` is unbiased for the smoothed losses; the sums and iterates begin anew
-    with each episode. The variance grows with the number of truncations (`ESSingle`'s does not). Perturbations come by
-    default in uniformly random orthogonal frames, which have the same covariance and leave no sampling error where a
-    frame is full.
+    with each episode. The sums make the variance depend on the number of truncations (`ESSingle`'s does not).
+    Perturbations come by default in uniformly random orthogonal frames, which have the same covariance and leave no
+    sampling error where a frame is full.
 
     Without `steps` an episode is one truncation, which goes on from the particles' last iterates until all of them
     have solved their lower levels, to what the differences of losses need; it is then a difference of F(x, y*(x)) in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -107,6 +107,17 @@ class Problem:
                 f"{method} differentiates the minimiser of a smooth, unconstrained lower level, but the problem has "
                 f"{' and '.join(names)}; drop them, or write the constraint into the lower objective as a penalty."
             )
+
+    def with_lower(self, lower: Callable[..., Tensor]) -> Problem:
+        """The problem with another lower objective, as methods that regularise or blend it need.
+
+        Args:
+            lower: scalar function of (x, y), or (x, y, data).
+
+        Returns:
+            A problem, of a kind that takes a scalar.
+        """
+        return replace(self, lower=lower)
 
     def project(self, x: Tensor, spaces: Spaces) -> Tensor:
         """The nearest point of the upper set.

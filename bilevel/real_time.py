@@ -15,7 +15,7 @@ from nestopt.linalg.result import all_finite
 from .assumptions import Assumptions
 from .counts import Counts
 from .inner_steps import Carry, InnerSteps, Rule, Segment, automatic_rule
-from .problem import Linearization, Problem
+from .problem import Problem
 from .through_solver import ThroughSolver, ThroughState, curvatures
 from .unrolled import tangent_residual
 
@@ -134,7 +134,7 @@ class RealTime(ThroughSolver):
                 break
             carry, tangent = after, moved
         inner = t + self.steps
-        point = Linearization(problem, s.spaces, x, carry.y, steps.data_of(inner))
+        point = steps.linearize(x, carry.y, inner)
         counts = s.counts + Counts(1, 1 + self.steps, len(x) * (self.steps + 2))
         z = tangent[:, : s.spaces.y.size]
         g = point.upper_x + z @ point.upper_y

@@ -162,7 +162,7 @@ class SingleLoop(Method, ABC):
             The state.
         """
         blend, blended = self.blended(problem, held, state.memory["weight"])
-        pieces, point, spent = _pieces(blend, state, blended)
+        pieces, point, spent = pieces_at(blend, state, blended)
         return replace(
             state,
             value=point.upper,
@@ -265,7 +265,8 @@ class SingleLoop(Method, ABC):
     def _size(given: float | Callable[[int], float], k: int) -> float:
         return float(given(k) if callable(given) else given)
 
-    def _sizes(self, s: SingleLoopState, k: int) -> tuple[float, float]:
+    def sizes(self, s: SingleLoopState, k: int) -> tuple[float, float]:
+        """The step sizes b, and a as a factor on the rule's own."""
         m = s.memory
         lower = 1 / (3 * float(m["high"])) * (1 + k / 100) ** -self.decay[0]
         if self.step_size is not None:
@@ -294,7 +295,7 @@ class SingleLoop(Method, ABC):
             Pieces(**m["estimate"]),
             self.rule_of(problem) if self.upper_step is not None else ConstantStep(1.0),
         )
-        b, a = self._sizes(s, k)
+        b, a = self.sizes(s, k)
         x = problem.project(s.x_vector + a * s.rule.size * rule.direction(s.rule, s.hypergradient), spaces)
         there, counts = self.move_lower(blend, s, x, last, b, blended)
         estimate, kept, spent, point, fresh = self._estimate(blend, there, s, blended, last)
@@ -302,9 +303,7 @@ class SingleLoop(Method, ABC):
         dx, change = x - s.x_vector, g - s.hypergradient
         finite = point.finite() and all_finite(g) and all_finite(estimate.hessian_v)
         if not finite:
-            grew = bool(s.error > 1e3 * m["first_error"])
-            code = (Status.DIVERGED if grew else Status.NON_FINITE).code
-            return replace(s, codes=torch.tensor(code), counts=s.counts + counts + spent)
+            return self.lost(s, s.counts + counts + spent)
         size = there.adjoint.norm()
         seen = torch.where(size > 0, fresh.hessian_v.norm() / size, 0.0)
         there = replace(
@@ -315,6 +314,15 @@ class SingleLoop(Method, ABC):
         )  # fmt: skip
         there.memory["track"] = self._tracked(m["track"], there, k)
         return replace(there, **self.certificate(problem, there, fresh))
+
+    def sample_rule(self, problem: Problem) -> UpperStep:
+        """The rule of the steps in x on samples."""
+        return ConstantStep(1.0) if self.upper_step is None else self.rule_of(problem)
+
+    def lost(self, s: SingleLoopState, counts: Counts) -> SingleLoopState:
+        """The last good state with the status of a step that led to no number."""
+        grew = bool(s.error > 1e3 * s.memory["first_error"])
+        return replace(s, codes=torch.tensor((Status.DIVERGED if grew else Status.NON_FINITE).code), counts=counts)
 
     def scheduled_weight(self, k: int) -> float:
         """The weight of F in the lower level at step k of given size."""
@@ -363,7 +371,7 @@ class SingleLoop(Method, ABC):
         counts: list[Counts] = []
 
         def look(at: SingleLoopState, batch: Any) -> Pieces:
-            pieces, point, spent = _pieces(problem, at, batch)
+            pieces, point, spent = pieces_at(problem, at, batch)
             seen.append((pieces, point))
             counts.append(spent)
             return pieces
@@ -395,7 +403,8 @@ def seen_samples(data: Any, upper: int, lower: int) -> int:
     return upper * n + lower * m
 
 
-def _pieces(problem: Problem, s: SingleLoopState, data: Any) -> tuple[Pieces, Linearization, Counts]:
+def pieces_at(problem: Problem, s: SingleLoopState, data: Any) -> tuple[Pieces, Linearization, Counts]:
+    """The pieces of the directions at a state's (x, y, v) on a batch, and what they cost."""
     point = Linearization(problem, s.spaces, s.x_vector, s.y_vector, data)
     v = s.adjoint
     pieces = Pieces(point.lower_y, point.hessian @ v, point.cross.T @ v, point.upper_x, point.upper_y)

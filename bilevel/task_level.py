@@ -14,7 +14,7 @@ from nestopt.linalg import CG, LinearSolver
 
 from .counts import Counts
 from .independence import check_independent
-from .lower_level import LowerSolution, SmoothLevel
+from .lower_kinds import LowerSolution, SmoothLevel
 from .per_task import PerTask, Tasks, worst
 from .task_problem import TaskFunction, TaskProblem
 

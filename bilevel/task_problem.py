@@ -138,6 +138,12 @@ class TaskProblem(Problem):
         """
         return replace(self, excluded=mask if self.excluded is None else mask | self.excluded)
 
+    def with_lower(self, lower: Callable[..., Tensor]) -> Problem:
+        """See `Problem.with_lower`; a scalar has no structure of tasks left."""
+        return Problem(
+            self.upper, lower, self.upper_set, self.lower_set, self.inequality, self.equality, self.lower_prox
+        )
+
 
 def _like(mask: Tensor, leaf: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))

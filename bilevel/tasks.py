@@ -103,7 +103,8 @@ def examine_tasks(
         adjoint = CG()(Blocks(point.hessian, tasks), tasks.split(point.upper_y))
         bad = _is_fatal(adjoint.codes) & ~failed
         codes, failed = torch.where(bad, adjoint.codes, codes), failed | bad
-    return TaskReport(codes, failed, values.detach() if own else None, torch.as_tensor(found.error), found.x)
+    y_found = optree.tree_map(torch.clone, found.x)  # leaves with memory of their own, as the border asks for
+    return TaskReport(codes, failed, values.detach() if own else None, torch.as_tensor(found.error), y_found)
 
 
 def solve_tasks(

@@ -336,7 +336,7 @@ class ThroughSolver(Method, ABC):
             self._given_steps(steps, path, SGD(lr, momentum=momentum) if self.optimizer is None else self.optimizer)
         else:
             self._automatic_steps(steps, path)
-        point = Linearization(steps.problem, steps.spaces, x, path.y, steps.data_of(path.t))
+        point = steps.linearize(x, path.y, path.t)
         if path.fault is None and not point.finite():
             path.fault = Status.NON_FINITE
         return Forward(
@@ -353,7 +353,7 @@ class ThroughSolver(Method, ABC):
             enough = path.enough if self.steps is None and path.t else -1.0
             carry, taken, last, bad = steps.advance(part, path.x, enough=enough, limit=path.limit)
             if bad is not None:
-                path.fault, path.at = _fault(carry), bad
+                path.at, path.fault = bad
             self._keep(path.segments, replace(part, count=taken))
             path.t, path.y, path.counts = path.t + taken, carry.y, path.counts + Counts(lower_gradients=taken)
             if self.steps is None and last <= path.enough:
@@ -362,7 +362,7 @@ class ThroughSolver(Method, ABC):
     def _automatic_steps(self, steps: InnerSteps, path: _Path) -> None:
         """Rounds of heavy ball, each with the curvatures where it begins, until |f_y| is small."""
         shorten = 1.0
-        for _ in range(10):
+        for _ in range(5):
             rule, rate, path.flat, spent = automatic_rule(steps, path.x, path.y, path.t, shorten)
             path.counts += spent
             path.top, path.least = curvatures(rule)
@@ -381,7 +381,7 @@ class ThroughSolver(Method, ABC):
                     break
             path.counts += Counts(lower_gradients=t - begun)
             if bad is not None or (last > 10 * first and last > path.enough):
-                path.fault, path.at = _fault(carry), t if bad is None else bad
+                path.at, path.fault = (t, Status.DIVERGED) if bad is None else bad
                 shorten *= 4  # the curvature along the way is larger than where it was looked at
                 continue
             path.fault, path.at, path.t, path.y = None, -1, t, carry.y
@@ -391,7 +391,7 @@ class ThroughSolver(Method, ABC):
 
     def _needed(self, steps: InnerSteps, x: Tensor, y: Tensor, rate: float, enough: float) -> int:
         """Steps after which an adjoint of F_y's size has fallen to `enough`, by the rate on a quadratic."""
-        point = Linearization(steps.problem, steps.spaces, x, y, data_at(steps.data, 0))
+        point = steps.linearize(x, y, 0)
         size = float(torch.maximum(point.upper_y.norm(), point.lower_y.norm()))
         if not (size > enough > 0 and rate > 0 and math.isfinite(size)):
             return 1
@@ -456,10 +456,6 @@ def through_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
         The absolute tolerance of a run.
     """
     return stopping.tolerance(scale, 1e-7 if scale.dtype == torch.float64 else 1e-4)
-
-
-def _fault(carry: Any) -> Status:
-    return Status.DIVERGED if all_finite(carry.y) else Status.NON_FINITE
 
 
 def curvatures(rule: SGD) -> tuple[float, float]:

@@ -109,7 +109,7 @@ class Unrolled(ThroughSolver):
                 one = replace(segment, first=t, count=1, carry=carry)
                 carry, tangent, _ = steps.push(one, f.x, tangent)
         tangent = tangent[:, :n]
-        point = Linearization(steps.problem, steps.spaces, f.x, f.y, steps.data_of(f.inner))
+        point = steps.linearize(f.x, f.y, f.inner)
         counts = Counts(1, 1 + f.inner, m * (f.inner + 2))
         return Pulled(f.upper_x + tangent @ f.upper_y, tangent_residual(point, tangent, f.least), f.inner, 1, counts)
 

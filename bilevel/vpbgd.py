@@ -11,24 +11,14 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
+from .counts import Counts
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import (
-    Curvatures,
-    Schedule,
-    TwoPoints,
-    bounded_step,
-    descend,
-    first_size,
-    schedule_value,
-    watched_size,
-)
+from .penalty_steps import Curvatures, Schedule, TwoPoints, Watch, descend, schedule_value
 from .value_difference import ValueDifference
 
 __all__ = ["VPBGD", "VPBGDState"]
-
-_LAG = 0.3  # how large the y-slope may be, in x-slopes, when x moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,7 @@ class VPBGDState(PenaltyState):
         slope: F_x + c (f_x(x, y) - f_x(x, w)).
         slope_y: F_y + c f_y.
         gap: f(x, y) - f(x, w).
-        size: step size in x.
+        watch: the step size in x.
         upper_curvature: of F in y.
         lower_curvature: of f in y.
     """
@@ -51,7 +41,7 @@ class VPBGDState(PenaltyState):
     slope: Tensor
     slope_y: Tensor
     gap: Tensor
-    size: Tensor
+    watch: Watch
     upper_curvature: Tensor
     lower_curvature: Tensor
 
@@ -65,12 +55,12 @@ class VPBGD(PenaltyMethod):
         T times   w <- P_Y(w - b f_y(x, w)),
         (x, y) <- P_(X, Y)((x, y) - a grad(F + c (f(x, y) - f(x, w)))),     f_x(x, w) kept, w a constant.
 
-    The published method has one size a for x and y. Without one, y gets 1 / (L_F + c L_f), and x its own, which is
-    halved whenever the penalised objective rises, grows by 5 % when it falls, and is zero while y has not followed.
+    The published method has one size a for x and y. Without one, y gets 1 / (L_F + c L_f), and x its own as
+    in F2SA, which is zero while y and w have not followed.
 
-    `error` is the largest of: lower |f_y| at y, which carries the bias O(1/c); auxiliary |f_y| at w; blend
-    |F_y / c + f_y|; upper |P_X(x - slope) - x|; then the second stage's. With a lower set these are projected steps.
-    CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
+    `error` is the largest of: lower |f_y| at y, which carries the bias O(1/c); auxiliary c |f_y| at w;
+    blend |F_y + c f_y|; upper |P_X(x - slope) - x|; then the second stage's. With a lower set these are
+    projected steps. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol) with the scale taken at the start.
 
     Cost of a step: one gradient of F and 2 + T of f, no product.
 
@@ -103,14 +93,16 @@ class VPBGD(PenaltyMethod):
 
     steps: int = 3
     penalty: float | Schedule | None = None
-    ramp: int = 100
+    ramp: int = 50
     step_size: float | None = None
     auxiliary_step_size: float | None = None
     debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=200)
+    stopping: Stopping = Stopping(rtol=None, max_iter=100)
 
     State: ClassVar[type[MethodState]] = VPBGDState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Shen & Chen 2023", lower_set=True, unique=False)
+
+    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
 
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "ramp", "step_size", "auxiliary_step_size")
@@ -121,25 +113,21 @@ class VPBGD(PenaltyMethod):
         zero = torch.zeros_like(upper.value)
         s = VPBGDState(
             **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=zero, slope=upper.x, slope_y=upper.y,
-            gap=zero, size=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
+            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
         )  # fmt: skip
-        return replace(self._look(oracle, s, x, y, 0), size=first_size(oracle, x, upper.x, None, y, upper.y))
+        return self._look(oracle, s, x, y, 0)
 
     def _advance(self, oracle: Oracle, s: VPBGDState) -> VPBGDState:
-        x, c, F = s.x_vector, s.penalty, s.upper_curvature
+        x, c = s.x_vector, s.penalty
         if self.step_size is not None:
-            size, size_y = torch.full_like(s.size, self.step_size), torch.full_like(s.size, self.step_size)
+            (size, watch), size_y = s.watch.fixed(self.step_size), torch.full_like(c, self.step_size)
         else:
-            ready = c * (s.residuals["blend"] + s.residuals["auxiliary"]) <= _LAG * oracle.norm(s.slope)
-            size = torch.where(ready, bounded_step(oracle, x, s.size, s.slope), 0.0)
-            size_y = 1 / (F + c * s.lower_curvature)
+            lag = s.residuals["auxiliary"] + s.residuals["blend"]
+            size, watch = s.watch.move(oracle, x, s.slope, s.value, s.gap, c, lag)
+            size_y = 1 / (s.upper_curvature + c * s.lower_curvature)
         x = oracle.project(x - size * s.slope)
         y = oracle.prox(s.y_vector - size_y * s.slope_y, size_y, x)
-        new = self._look(oracle, s, x, y, int(s.iterations) + 1)
-        if self.step_size is not None or not bool(oracle.norm(x - s.x_vector) > 0):
-            return new
-        potentials = s.value + new.penalty * s.gap, new.value + new.penalty * new.gap
-        return replace(new, size=watched_size(oracle, s.size, potentials, x - s.x_vector, new.slope - s.slope))
+        return self._look(oracle, replace(s, watch=watch), x, y, int(s.iterations) + 1)
 
     def _look(self, oracle: Oracle, s: VPBGDState, x: Tensor, y: Tensor, k: int) -> VPBGDState:
         """T steps of w at (x, y), and what is seen there."""
@@ -151,8 +139,7 @@ class VPBGD(PenaltyMethod):
         )  # fmt: skip
         p = TwoPoints.at(oracle, x, y, w)
         slope, slope_y = p.upper.x + c * p.gap_x, p.upper.y + c * p.lower.y
-        residuals = p.residuals(oracle, x, y, w, slope)
-        residuals["blend"] = oracle.lower_residual(x, y, slope_y / c)
+        residuals = p.residuals(oracle, x, y, w, slope, c)
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=w, penalty=c, slope=slope, slope_y=slope_y, gap=p.gap,
             value=p.upper.value, residuals=residuals, error=error_of(residuals), lower_curvature=f,

@@ -65,14 +65,6 @@ def softmax(outputs, targets):
     return cross_entropy(outputs.transpose(1, 2), targets, reduction="none").mean(-1)
 
 
-def median(outputs, targets):
-    return float(squared(outputs, targets).median())
-
-
-def accuracy(outputs, targets):
-    return float((outputs.argmax(-1) == targets).double().mean())
-
-
 def problem_of(support, query, loss):
     """One value a task; y is (tasks, width + 1, outputs)."""
 
@@ -88,17 +80,16 @@ def problem_of(support, query, loss):
 def learn(name, train, test, loss, outputs, score, steps):
     x0, tasks, count = start(train[0][0].shape[-1], outputs), len(train[0][0]), len(test[0][0])
     problem, held = problem_of(*train, loss), problem_of(*test, loss)
-    y0 = torch.zeros(tasks, *x0["head"].shape)
 
     def row(label, x, seconds, value):
         y = implicit.NewtonCG()(lambda y: held.lower(x, y).sum(), x["head"].expand(count, -1, -1).clone()).unwrap()
-        new, figure = float(held.upper(x, y).mean()), score(predict(x, y, test[1][0]), test[1][1])
+        new, figure = float(held.upper(x, y).mean()), float(score(predict(x, y, test[1][0]), test[1][1]))
         print(ROW.format(label, tasks, f"{seconds:.1f}", value, f"{new:.4f}", f"{figure:.3f}"))
         return y
 
     print(ROW.format(name, "tasks", "seconds", "training", "new tasks", "score"))
     row("untrained features", x0, 0.0, "")
-    method = bilevel.AID(stopping=linalg.Stopping(rtol=1e-4, max_iter=steps))
+    method, y0 = bilevel.AID(stopping=linalg.Stopping(rtol=1e-4, max_iter=steps)), torch.zeros(tasks, *x0["head"].shape)
     res = bilevel.solve(problem, x0, y0, method, callbacks=[bilevel.ProgressBar(label=name)])
     y = row("meta-learnt (iMAML)", res.x, res.history[-1]["seconds"], f"{res.value:.4f}")
     print(f"  {res.status.name}: {res.counts.lower_solves} batched lower solves, {res.counts.products} products\n")
@@ -124,10 +115,10 @@ def draw(output, waves, test, digits, agreed):
     left, middle, right = figure.subplots(1, 3)
     grid = torch.linspace(-5, 5, 100)
     curves = predict(waves[2][0], waves[2][1], (grid / 5)[:, None])[..., 0]
-    for k, colour in zip(range(3), ("tab:blue", "tab:orange", "tab:green"), strict=True):
+    for k, colour in enumerate(("tab:blue", "tab:orange", "tab:green")):
         left.plot(grid, curves[k], color=colour)
-        left.plot(5 * test[0][0][k, :, 0], test[0][1][k], "o", color=colour)
-        left.plot(5 * test[1][0][k, :, 0], test[1][1][k], "x", color=colour)
+        for (points, heights), mark in zip(test, "ox", strict=True):
+            left.plot(5 * points[k, :, 0], heights[k], mark, color=colour)
     left.set(title="new sinusoids: learnt from o, judged by x")
     for label, run in (("sinusoids", waves), ("digits", digits)):
         middle.semilogy([r["seconds"] for r in run[1].history], [r["value"] for r in run[1].history], label=label)
@@ -140,10 +131,11 @@ def draw(output, waves, test, digits, agreed):
 
 
 def main(output, quick):
-    steps, new, part = 8 if quick else 100, sinusoids(100, 1), slice(0, 1000)
+    steps, new, part = 8 if quick else 60, sinusoids(100, 1), slice(0, 1000)
     pictures = digit_tasks(10 if quick else 60, part, 0), digit_tasks(50, slice(1000, None), 1)
+    median, accuracy = lambda p, t: squared(p, t).median(), lambda p, t: (p.argmax(-1) == t).double().mean()
     waves = learn("sinusoids, 10 points", sinusoids(25 if quick else 100, 0), new, squared, 1, median, steps)
-    digits = learn("digits, 3 classes, 5 shots", *pictures, softmax, 3, accuracy, steps // 4)
+    digits = learn("digits, 3 classes, 5 shots", *pictures, softmax, 3, accuracy, steps // 6 + 1)
     draw(output, waves, new, digits, agreement(*digits[:2], [2, 8, 32] if quick else [1, 2, 4, 8, 16, 32, 64, 128]))
 
 

@@ -26,6 +26,7 @@ from .multishift import MultiShiftCG
 from .neumann import Neumann
 from .normal import Normal
 from .nystrom import Nystrom, NystromInverse
+from .nystrom_cg import NystromCG
 from .operator import LinearOperator
 from .pairs import EigenpairsResult, extreme_pairs
 from .parallel import DataParallel, Sharded
@@ -34,6 +35,7 @@ from .probes import Estimate
 from .product import Compiled, ForwardOverReverse, FreshGraph, KeptGraph
 from .recycle import Recycled
 from .result import Result, SolverError, Status, Statuses, Stopping, iterate
+from .single_step import SingleStep
 from .sketch import CountSketch, Gaussian, RowBlocks, Rows, Sketch, SketchProject
 from .solver import LinearSolver, Prepared, Solution
 from .spectrum import FunctionTrace, SpectralDensity, log_determinant, spectral_density, trace_function
@@ -86,6 +88,7 @@ __all__ = [
     "Neumann",
     "Normal",
     "Nystrom",
+    "NystromCG",
     "NystromInverse",
     "Preconditioner",
     "Prepared",
@@ -94,6 +97,7 @@ __all__ = [
     "RowBlocks",
     "Rows",
     "Sharded",
+    "SingleStep",
     "Sketch",
     "SketchProject",
     "Solution",

@@ -47,7 +47,8 @@ class Neumann(LinearSolver):
     Cost: 1 product a term, and at most `lanczos_steps` before the first.
 
     Args:
-        terms: limit of terms; 5 to 20 in the literature, condition number times log(1 / rtol) to converge.
+        terms: limit of terms; 5 to 20 in the literature, condition number times log(1 / rtol) to converge, after which
+            no further one is spent.
         step_size: a, below 2 / lambda_max; None for the inverse of Lanczos' upper bound of lambda_max.
         rtol: relative tolerance; None for the dtype's (1e-10 in float64, 1e-5 in float32).
         atol: absolute tolerance, in b's units.
@@ -70,7 +71,7 @@ class Neumann(LinearSolver):
         'DIVERGED'
     """
 
-    terms: int
+    terms: int = 1000
     step_size: float | None = None
     rtol: float | None = None
     atol: float = 0.0

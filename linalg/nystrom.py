@@ -14,7 +14,7 @@ from .preconditioner import Preconditioner, Spectral
 from .result import Status, any_of, check_stopping, scalar_or_tensor
 from .solver import LinearSolver, Prepared, Solution, default_rtol
 
-__all__ = ["Nystrom", "NystromInverse"]
+__all__ = ["Nystrom", "NystromInverse", "NystromSketch"]
 
 
 class Nystrom(Spectral):
@@ -102,7 +102,7 @@ class Nystrom(Spectral):
         sketch, spent = None, 0
         with torch.no_grad():
             for columns in ranks:
-                sketch = _Sketch.draw(A, columns, generator, sketch)
+                sketch = NystromSketch.draw(A, columns, generator, sketch)
                 sketch.refuse(self.sigma)
                 self._hold(sketch.vectors, sketch.values, sketch.values[-1])
                 if error_steps:
@@ -156,24 +156,38 @@ def _seeded(A: LinearOperator, generator: torch.Generator | None) -> torch.Gener
 
 
 @dataclass(frozen=True)
-class _Sketch:
-    """W and A W with what follows from them, in float64 because the core W'A W is nearly singular by design."""
+class NystromSketch:
+    """W and A W with what follows from them, in float64 because the core W'A W is nearly singular by design.
 
-    W: Tensor  # (*batch, n, rank)
+    Attributes:
+        W: orthonormal columns, (*batch, n, rank).
+        Y: A W.
+        vectors: U', (rank, *batch, n), of A's dtype.
+        values: L, descending, (rank, *batch), likewise.
+        finite: per system, whether A W is.
+        lowest: per system, the smallest Rayleigh quotient in the span of W.
+        direction: where it was found.
+        floor: what of it is rounding.
+    """
+
+    W: Tensor
     Y: Tensor
-    vectors: Tensor  # (rank, *batch, n), of A's dtype
-    values: Tensor  # (rank, *batch), of A's dtype
-    finite: Tensor  # per system
-    lowest: Tensor  # per system: the smallest Rayleigh quotient in the span of W,
-    direction: Tensor  # where it was found,
-    floor: Tensor  # and what is rounding
+    vectors: Tensor
+    values: Tensor
+    finite: Tensor
+    lowest: Tensor
+    direction: Tensor
+    floor: Tensor
 
     @property
     def rank(self) -> int:
+        """How many columns it has."""
         return self.W.shape[-1]
 
     @classmethod
-    def draw(cls, A: LinearOperator, rank: int, generator: torch.Generator, old: _Sketch | None = None) -> _Sketch:
+    def draw(
+        cls, A: LinearOperator, rank: int, generator: torch.Generator, old: NystromSketch | None = None
+    ) -> NystromSketch:
         """The sketch with this many columns, the old ones among them."""
         have = 0 if old is None else old.rank
         shape = (*A.batch_shape, A.shape[-1], rank - have)
@@ -225,7 +239,7 @@ def _factorise(W: Tensor, Y: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 class SketchedInverse(Prepared):
     """The factors of a NystromInverse, kept for many solves with A, which is its own transpose."""
 
-    sketch: _Sketch
+    sketch: NystromSketch
 
     def solve(self, b: Tensor, x0: Tensor | None = None) -> Solution:
         """Solve A x = b approximately; see NystromInverse."""
@@ -243,16 +257,18 @@ class NystromInverse(LinearSolver):
     """Approximate the solution of A x = b, A symmetric positive semidefinite, by x = (A_hat + shift I)^-1 b.
 
     A_hat is the randomized Nystrom approximation of `Nystrom`; from an x0, one correction x0 + (A_hat + shift I)^-1
-    (b - A x0). There is no iteration: the residual |b - A x| is measured, and the outcome is CONVERGED only where it is
-    at most max(rtol |b|, atol), which takes a shift below rtol |A| and an A of (nearly) that rank; else MAX_ITER. It is
-    here for parity with papers that use it as a hypergradient's inverse: as many products spent on CG, with `Nystrom`
-    as a preconditioner where it helps, are better.
+    (b - A x0), and where that enlarges the residual x0 and DIVERGED. With a shift of None the correction is scaled
+    so that its residual is the smallest. There is no iteration: the residual |b - A x| is measured, and the outcome
+    is CONVERGED only where it is at most max(rtol |b|, atol), which takes a shift below rtol |A| and an A of
+    (nearly) that rank; else MAX_ITER. It is here for parity with papers that use it as a hypergradient's inverse:
+    as many products spent on CG, with `Nystrom` as a preconditioner where it helps, are better.
 
-    Cost: rank products, once where `prepare` is used, 1 to certify, 1 for x0.
+    Cost: rank products, once where `prepare` is used, 1 to certify, 1 for x0, 1 for the scale without a shift.
 
     Args:
         rank: columns of the sketch; at most n are used.
-        shift: > 0; the larger, the more stable and the more biased.
+        shift: > 0; the larger, the more stable and the more biased. None for the smallest curvature of the sketch,
+            about the largest of those that it leaves out, or for n eps of the largest at full rank.
         rtol: relative tolerance of the claim; None for the dtype's.
         atol: absolute tolerance, in b's units.
         seed: of the sketch.
@@ -272,8 +288,8 @@ class NystromInverse(LinearSolver):
         'MAX_ITER'
     """
 
-    rank: int
-    shift: float
+    rank: int = 20
+    shift: float | None = None
     rtol: float | None = None
     atol: float = 0.0
     seed: int = 0
@@ -282,7 +298,7 @@ class NystromInverse(LinearSolver):
 
     def __post_init__(self) -> None:
         check_stopping("NystromInverse", self.rtol, self.atol, 1)
-        if self.rank < 1 or not 0 < self.shift < float("inf"):
+        if self.rank < 1 or (self.shift is not None and not 0 < self.shift < float("inf")):
             raise ValueError(
                 f"NystromInverse: rank must be at least 1 and shift > 0, but got rank={self.rank}, shift={self.shift}."
             )
@@ -304,7 +320,7 @@ class NystromInverse(LinearSolver):
             raise ValueError(f"NystromInverse: {A!r} brings its own inner product, which the sketch would not keep.")
         with torch.no_grad():
             generator = torch.Generator(A.device).manual_seed(self.seed)
-            return SketchedInverse(self, A, _Sketch.draw(A, min(self.rank, A.shape[-1]), generator))
+            return SketchedInverse(self, A, NystromSketch.draw(A, min(self.rank, A.shape[-1]), generator))
 
     def _solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None) -> Solution:
         prepared = self.prepare(A)
@@ -313,7 +329,7 @@ class NystromInverse(LinearSolver):
 
     def _substitute(self, prepared: SketchedInverse, b: Tensor, x0: Tensor | None) -> Solution:
         A, sketch = prepared.operator, prepared.sketch
-        shift = torch.as_tensor(self.shift, dtype=A.dtype, device=A.device)
+        shift = self._damping(A, sketch)
         norm = A.norm(b)
         tolerance = ((default_rtol(A.dtype) if self.rtol is None else self.rtol) * norm).clamp_min(self.atol)
         zero, products = norm == 0, 0
@@ -321,11 +337,21 @@ class NystromInverse(LinearSolver):
         if x0 is not None:
             r, start, products = A.residual(x0, b), x0, norm.numel()
         inverse = Spectral(A, shift, sketch.vectors, sketch.values, torch.zeros_like(sketch.values[0]), positive=True)
-        x = torch.where(zero[..., None], 0, start + inverse._matvec(r))
+        d = inverse._matvec(r)
+        if self.shift is None:
+            image = A._matvec(d)
+            square = A.vecdot(image, image)
+            d = (A.vecdot(r, image).clamp_min(0) / torch.where(square > 0, square, 1))[..., None] * d
+            products += square.numel()
+        x = torch.where(zero[..., None], 0, start + d)
         error = A.certified_residual(x, b)[1]
         products += error.numel() * A.certification_products
         error = torch.where(zero, 0, error)
         codes = torch.where(error <= tolerance, Status.CONVERGED.code, Status.MAX_ITER.code)
+        if x0 is not None:
+            grown = ~zero & (error > A.norm(r) * (1 + 1e-6)) & (codes != Status.CONVERGED.code)
+            x, error = torch.where(grown[..., None], x0, x), torch.where(grown, A.norm(r), error)
+            codes = torch.where(grown, Status.DIVERGED.code, codes)
         negative = sketch.indefinite(shift) & (codes != Status.CONVERGED.code)
         codes = torch.where(negative, Status.NEGATIVE_CURVATURE.code, codes)
         unknown = ~sketch.finite | ~torch.isfinite(error)
@@ -336,3 +362,10 @@ class NystromInverse(LinearSolver):
             residual_norm=scalar_or_tensor(error), tolerance=scalar_or_tensor(tolerance), products=products,
             direction=direction,
         )  # fmt: skip
+
+    def _damping(self, A: LinearOperator, sketch: NystromSketch) -> Tensor:
+        if self.shift is not None:
+            return torch.as_tensor(self.shift, dtype=A.dtype, device=A.device)
+        top = torch.where(sketch.finite, sketch.values.amax(0), 1)
+        floor = (A.shape[-1] * torch.finfo(A.dtype).eps * top).clamp_min(torch.finfo(A.dtype).tiny)
+        return floor if sketch.rank == A.shape[-1] else torch.maximum(sketch.values[-1], floor)

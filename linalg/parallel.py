@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .operator import LinearOperator, power_of_two
 
-__all__ = ["DataParallel", "Sharded"]
+__all__ = ["DataParallel", "Sharded", "all_reduced", "check_group", "lost"]
 
 Group = Any  # dist.ProcessGroup, which a torch without distributed lacks
 
@@ -27,13 +27,7 @@ class _Collective(LinearOperator):
         name = type(self).__name__
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"{name}: operator must be a LinearOperator, but got {type(operator).__name__}.")
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                f"{name}: torch.distributed is not initialised; start the script by torchrun and call "
-                'torch.distributed.init_process_group("gloo") (nccl for GPUs) first.'
-            )
-        if dist.get_rank(group) < 0:
-            raise ValueError(f"{name}: this process is not in the group; make the operator on the group's ranks alone.")
+        check_group(name, group)
         super().__init__(
             tuple(operator.shape),
             operator.dtype,
@@ -50,26 +44,76 @@ class _Collective(LinearOperator):
         try:
             dist.all_gather_object(said, mine, group=self.group)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise lost(error, type(self).__name__, self.group) from error
         return said
 
     def _all_reduce(self, v: Tensor, operation: Any = None) -> Tensor:
         """The sum (or another reduction) of the ranks' tensors, in place."""
         self.reductions += 1
         self.reduced_bytes += v.numel() * v.element_size()
-        try:
-            dist.all_reduce(v, op=dist.ReduceOp.SUM if operation is None else operation, group=self.group)
-        except RuntimeError as error:  # DistBackendError is one
-            raise self._lost(error) from error
-        return v
+        return all_reduced(v, type(self).__name__, self.group, operation)
 
-    def _lost(self, error: RuntimeError) -> RuntimeError:
-        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        return RuntimeError(
-            f"{type(self).__name__}: a collective failed on rank {rank} of {size}: another rank has ended, or did not "
-            "come within the process group's timeout (init_process_group(timeout=...)); look for the first error among "
-            f"the ranks' outputs. The backend says: {str(error).strip().splitlines()[0][:200]}"
+
+def all_reduced(v: Tensor, owner: str, group: Group = None, operation: Any = None) -> Tensor:
+    """The sum (or another reduction) of the ranks' tensors, in place.
+
+    Args:
+        v: of one shape on all ranks, contiguous.
+        owner: in whose name a lost rank is reported.
+        group: the process group; None for all.
+        operation: a dist.ReduceOp; None for the sum.
+
+    Returns:
+        v.
+
+    Raises:
+        RuntimeError: if a rank is lost.
+    """
+    try:
+        dist.all_reduce(v, op=dist.ReduceOp.SUM if operation is None else operation, group=group)
+    except RuntimeError as error:  # DistBackendError is one
+        failure = lost(error, owner, group)
+        raise failure from error
+    return v
+
+
+def lost(error: RuntimeError, owner: str, group: Group = None) -> RuntimeError:
+    """What to say when a collective fails.
+
+    Args:
+        error: the backend's.
+        owner: in whose name.
+        group: the process group.
+
+    Returns:
+        The error to raise.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return RuntimeError(
+        f"{owner}: a collective failed on rank {rank} of {size}: another rank has ended, or did not come within the "
+        "process group's timeout (init_process_group(timeout=...)); look for the first error among the ranks' outputs. "
+        f"The backend says: {str(error).strip().splitlines()[0][:200]}"
+    )
+
+
+def check_group(owner: str, group: Group = None) -> None:
+    """Refuse to begin without a process group.
+
+    Args:
+        owner: in whose name.
+        group: the process group; None for all.
+
+    Raises:
+        RuntimeError: if torch.distributed is not initialised.
+        ValueError: if this process is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{owner}: torch.distributed is not initialised; start the script by torchrun and call "
+            'torch.distributed.init_process_group("gloo") (nccl for GPUs) first.'
         )
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{owner}: this process is not in the group; make the operator on the group's ranks alone.")
 
 
 class DataParallel(_Collective):

@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from nestopt import bilevel
-from nestopt.bilevel.f2sa import F2SA
 from nestopt.linalg import Stopping
 
 DOUBLE = torch.float64
@@ -76,7 +75,7 @@ def methods():
         "SOBA": (bilevel.SOBA(step_size=0.2, upper_step=0.1, stopping=few), 7),
         "SOBA, automatic": (bilevel.SOBA(stopping=few), 7),
         "AID": (bilevel.AID(stopping=Stopping(rtol=1e-6, max_iter=3)), None),
-        "F2SA": (F2SA(debias=None, steps=2, stopping=few), 7),
+        "F2SA": (bilevel.F2SA(debias=None, steps=2, stopping=few), 7),
     }
 
 
@@ -159,7 +158,7 @@ def fully_sharded(rank, size):
     labels, judged = torch.arange(26) % 3, torch.arange(18) % 3
     source = bilevel.Batches((X, labels), (Z, judged), batch_size=7, seed=5)
     given = {"penalty": 20.0, "upper_step_size": 0.05, "lower_step_size": 0.1, "auxiliary_step_size": 0.1}
-    method = F2SA(debias=None, steps=2, stopping=Stopping(rtol=0.0, max_iter=5), **given)
+    method = bilevel.F2SA(debias=None, steps=2, stopping=Stopping(rtol=0.0, max_iter=5), **given)
     one = bilevel.from_modules(*modules(), cross_entropy, penalised)
     alone = bilevel.solve(one, one.x0, one.y0, method, data=lambda k: source(k))  # a function: errors of its batches
     sharded = modules()
@@ -177,7 +176,7 @@ def fully_sharded(rank, size):
             same(record[key], other[key])
     whole = bilevel.Shards(bilevel.Batches((X, labels), (Z, judged), batch_size=None))
     automatic = bilevel.solve(
-        two, two.x0, two.y0, F2SA(debias=None, steps=1, stopping=Stopping(rtol=0.0, max_iter=2)), data=whole
+        two, two.x0, two.y0, bilevel.F2SA(debias=None, steps=1, stopping=Stopping(rtol=0.0, max_iter=2)), data=whole
     )
     errors = [torch.empty((), dtype=DOUBLE) for _ in range(size)]
     dist.all_gather(errors, automatic.state.error)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from laws_bilevel import relative, vector
-from problems import CLOSED_FORM, COUPLED, DOUBLE, NONSMOOTH, clipped, lasso, quadratic_equality, weighted_l1
+from laws_bilevel import vector
+from problems import CLOSED_FORM, COUPLED, DOUBLE, NONSMOOTH, clipped, lasso, quadratic_equality, spectrum, weighted_l1
 
 from nestopt import bilevel, constrained, linalg
 from nestopt.bilevel.lower_level import lower_level
@@ -125,6 +125,110 @@ def test_every_term_with_a_prox(term, generator):
     assert found.status == Status.CONVERGED
     bilevel.check_hypergradient(problem, x, found.y, directions=1)
     assert bilevel.solve(problem, x, y).converged
+
+
+def hard_problems():
+    """Curved constraints, domains, matrix variables, dicts, bounds beside constraints, an f that is not convex."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=DOUBLE)
+
+    def upper(x, y):
+        return ((y - 0.2) ** 2).sum() + 0.1 * (x**2).sum()
+
+    S, q, G, M = spectrum(10, 1e4, 3), randn(10), randn(6, 10), randn(6, 5)
+    eye = torch.eye(4, dtype=DOUBLE)
+    return {
+        "nuclear norm": (
+            bilevel.Problem(
+                upper,
+                lambda x, y: ((y - M) ** 2).sum() / 2 + 0.1 * (y**4).sum(),
+                lower_prox=lambda x: constrained.NuclearNorm(x.exp()),
+            ),
+            torch.tensor(-1.0, dtype=DOUBLE),
+            torch.zeros(6, 5, dtype=DOUBLE),
+        ),
+        "semidefinite cone": (
+            bilevel.Problem(
+                upper, lambda x, y: ((y - x @ x.T + 2 * eye) ** 2).sum() / 2, lower_set=constrained.PSDCone()
+            ),
+            randn(4, 3),
+            torch.zeros(4, 4, dtype=DOUBLE),
+        ),
+        "curved and coupled": (
+            bilevel.Problem(
+                upper, lambda x, y: ((y - 3 * x) ** 2).sum() / 2, inequality=lambda x, y: y @ y - 1 - x[0] ** 2
+            ),
+            randn(4),
+            torch.zeros(4, dtype=DOUBLE),
+        ),
+        "entropy": (
+            bilevel.Problem(upper, lambda x, y: (y * y.log()).sum() - x @ y, equality=lambda x, y: y.sum() - 1),
+            randn(5),
+            torch.full((5,), 0.1, dtype=DOUBLE),
+        ),
+        "bounds and rows": (
+            bilevel.Problem(
+                upper,
+                lambda x, y: y @ S @ y / 2 - (q + x.sum()) @ y,
+                lower_set=constrained.Box(-1.0, 1.0),
+                inequality=lambda x, y: G @ y - 1 - x[:1].exp(),
+            ),
+            randn(3),
+            torch.zeros(10, dtype=DOUBLE),
+        ),
+        "not convex": (
+            bilevel.Problem(
+                upper,
+                lambda x, y: torch.cos(2 * y + x).sum() + 0.3 * (y**2).sum(),
+                inequality=lambda x, y: {"rows": y - x.sum() ** 2},
+            ),
+            randn(4),
+            torch.zeros(4, dtype=DOUBLE),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", hard_problems())
+def test_hard_lower_levels(name):
+    problem, x, y = hard_problems()[name]
+    spaces = Spaces.of(x, y)
+    found = lower_level(problem, spaces).solve(spaces.x.flatten(x), spaces.y.flatten(y))
+    assert found.status == Status.CONVERGED
+    bilevel.check_hypergradient(problem, x, spaces.y.unflatten(found.y), directions=1)
+    assert bilevel.solve(problem, x, y, bilevel.AID()).converged
+
+
+def test_a_badly_scaled_lasso():
+    """Columns whose sizes differ by a thousand: first-order steps alone would take tens of thousands."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(60, 30, generator=g, dtype=DOUBLE) * torch.logspace(-1.5, 1.5, 30, dtype=DOUBLE)
+    b = torch.randn(60, generator=g, dtype=DOUBLE)
+    problem = bilevel.Problem(
+        lambda x, y: y.square().sum(),
+        lambda x, y: ((A @ y - b) ** 2).sum() / 2,
+        lower_prox=lambda x: constrained.L1(x.exp()),
+    )
+    x, y = torch.tensor(-3.0, dtype=DOUBLE), torch.zeros(30, dtype=DOUBLE)
+    found = lower_level(problem, Spaces.of(x, y)).solve(x[None], y)
+    assert found.status == Status.CONVERGED
+    assert found.counts.lower_gradients < 2000
+    slope = A.T @ (A @ found.y - b)
+    on = found.y != 0
+    assert float((slope[on] + x.exp() * found.y[on].sign()).norm()) < 1e-8
+    assert float(slope[~on].abs().max()) < float(x.exp())
+
+
+@pytest.mark.parametrize("part", ["lower_set", "inequality"])
+def test_nan_in_a_constrained_lower_level(part):
+    a = torch.tensor([1.0, torch.nan], dtype=DOUBLE)
+    extra = {"lower_set": constrained.Box(-1.0, 1.0)} if part == "lower_set" else {"inequality": lambda x, y: y - 1}
+    problem = bilevel.Problem(
+        lambda x, y: ((y - 1) ** 2).sum() + (x**2).sum(), lambda x, y: ((y - a * x) ** 2).sum(), **extra
+    )
+    start = torch.ones(2, dtype=DOUBLE)
+    assert bilevel.solve(problem, start, start.clone(), bilevel.AID()).status == Status.NON_FINITE
 
 
 def test_weakly_active_constraints_are_counted_and_inactive():

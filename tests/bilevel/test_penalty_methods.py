@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from laws_bilevel import relative, vector
-from problems import DOUBLE, NONSMOOTH, merely_convex, quadratic, ridge, sine, weighted_l1
+from problems import DOUBLE, merely_convex, quadratic, ridge, sine, weighted_l1
 
 from nestopt import bilevel, constrained
 from nestopt.linalg import Status, Stopping
@@ -13,7 +13,7 @@ from nestopt.linalg import Status, Stopping
 METHODS = [
     bilevel.F2SA(), bilevel.F3SA(), bilevel.MEHA(), bilevel.VPBGD(), bilevel.GPBGD(), bilevel.BOME(), bilevel.BVFSM(),
 ]  # fmt: skip
-BOX = constrained.Box(torch.tensor([0.8, -9.0, -9.0], dtype=DOUBLE), float("inf"))
+BOX = constrained.Box(torch.tensor([0.8, -9.0], dtype=DOUBLE), float("inf"))
 
 
 def name(value):
@@ -35,11 +35,12 @@ def check(method, case, tol=1e-5):
         assert abs(res.value - case.value) <= tol * max(1.0, abs(case.value))
     assert [record["iteration"] for record in res.history] == list(range(res.iterations + 1))
     assert res.history[-1]["lower_gradients"] == res.counts.lower_gradients
-    assert (res.counts.products > 0) == (isinstance(method, bilevel.GPBGD) or case in NONSMOOTH)
+    smooth = case.problem.lower_prox is None  # the second stage solves the others by semismooth Newton steps
+    assert (res.counts.products > 0) == (isinstance(method, bilevel.GPBGD) or not smooth)
     return res
 
 
-@pytest.mark.parametrize("case", [quadratic(5, 3), sine(1)], ids=name)
+@pytest.mark.parametrize("case", [quadratic(4, 2), sine(1)], ids=name)
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_debiased_to_the_answer(method, case):
     check(method, case)
@@ -55,32 +56,25 @@ def test_meha_on_nonsmooth_lower_levels(n):
     check(bilevel.MEHA(), weighted_l1(n))
 
 
-LONG = Stopping(rtol=0.0, max_iter=1500)
 BARE = [
-    (bilevel.F2SA(steps=5, penalty=bilevel.Growth(20.0, slope=4.0)), quadratic(1, 1)),
-    (bilevel.F3SA(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1)),
-    (bilevel.VPBGD(penalty=bilevel.Growth(20.0, slope=2.0)), sine(1)),
-    (bilevel.GPBGD(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1)),
-    (bilevel.MEHA(penalty=bilevel.Growth(10.0, power=0.49)), merely_convex(1)),
-    (bilevel.BOME(steps=5), merely_convex(1)),
-    (bilevel.BVFSM(steps=5, penalty=bilevel.Growth(10.0, power=0.75)), merely_convex(1)),
+    (bilevel.F2SA(steps=3, penalty=bilevel.Growth(20.0, slope=4.0)), quadratic(1, 1), 100),
+    (bilevel.F3SA(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1), 200),
+    (bilevel.VPBGD(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1), 200),
+    (bilevel.GPBGD(penalty=bilevel.Growth(20.0, slope=4.0)), sine(1), 300),
+    (bilevel.MEHA(penalty=bilevel.Growth(1.0, power=0.1)), merely_convex(1), 300),
+    (bilevel.BOME(steps=5), merely_convex(1), 80),
+    (bilevel.BVFSM(steps=5, penalty=bilevel.Growth(50.0, power=0.5)), sine(1), 60),
 ]
 
 
-@pytest.mark.parametrize(("method", "case"), BARE, ids=name)
-def test_bare_method_where_its_penalty_grows(method, case):
-    bare = dataclasses.replace(method, debias=None, stopping=Stopping(rtol=0.0, max_iter=BARE_STEPS[type(method)]))
+@pytest.mark.parametrize(("method", "case", "steps"), BARE, ids=name)
+def test_bare_method_where_its_penalty_grows(method, case, steps):
+    bare = dataclasses.replace(method, debias=None, stopping=Stopping(rtol=0.0, max_iter=steps))
     res = bare(*start(case))
-    assert res.status == Status.MAX_ITER
+    assert res.status in (Status.MAX_ITER, Status.CONVERGED)  # at F = 0 the error may be zero to the last bit
     error = float((vector(res.x) - vector(case.x_star)).norm())
     assert error <= 1e-3 * max(1.0, float(vector(case.x_star).norm())), error
     assert "bias" not in res.residuals
-
-
-BARE_STEPS = {
-    bilevel.F2SA: 300, bilevel.F3SA: 800, bilevel.VPBGD: 800, bilevel.GPBGD: 800, bilevel.MEHA: 1500,
-    bilevel.BOME: 300, bilevel.BVFSM: 150,
-}  # fmt: skip
 
 
 def published_steps(x, y, z, F, f, k, method):
@@ -112,9 +106,7 @@ def published_steps(x, y, z, F, f, k, method):
         y = y - method.lower_step_size * (gradients(F, x, y)[1] / c + lower_y(x, y) - (y - z) / g)
     elif isinstance(method, bilevel.VPBGD):
         c = method.penalty(k)
-        x_new = x - method.step_size * (
-            gradients(F, x, y)[0] + c * (gradients(f, x, y)[0] - gradients(f, x, z)[0])
-        )
+        x_new = x - method.step_size * (gradients(F, x, y)[0] + c * (gradients(f, x, y)[0] - gradients(f, x, z)[0]))
         x, y = x_new, y - method.step_size * (gradients(F, x, y)[1] + c * lower_y(x, y))
         for _ in range(method.steps):
             z = z - method.auxiliary_step_size * lower_y(x, z)
@@ -160,11 +152,11 @@ def test_numbers_reproduce_the_published_steps(method):
     state = method.init(case.problem, case.x0, case.y0)
     for k in range(3):
         z = getattr(state, "auxiliary", state.y_vector)
-        expected = published_steps(
-            state.x_vector, state.y_vector, z, case.problem.upper, case.problem.lower, k, method
-        )
+        expected = published_steps(state.x_vector, state.y_vector, z, case.problem.upper, case.problem.lower, k, method)
         state = method.step(case.problem, state)
-        for found, truth in zip((state.x_vector, state.y_vector, getattr(state, "auxiliary", None)), expected, strict=True):
+        for found, truth in zip(
+            (state.x_vector, state.y_vector, getattr(state, "auxiliary", None)), expected, strict=True
+        ):
             assert found is None or float((found - truth).norm()) <= 1e-12 * max(1.0, float(truth.norm()))
 
 
@@ -192,13 +184,14 @@ def test_resume_is_exact_in_either_stage(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_upper_set_and_float32(method):
-    case = quadratic(3, 3)
+    case = quadratic(2, 2)
     problem = bilevel.Problem(case.problem.upper, case.problem.lower, upper_set=BOX)
-    res = method(problem, case.x0, case.y0)
+    quick = dataclasses.replace(method, stopping=Stopping(rtol=None, max_iter=10))
+    res = quick(problem, case.x0, case.y0)
     assert res.converged
     assert relative(res.x, bilevel.AID()(problem, case.x0, case.y0).x) < 1e-5
-    low = quadratic(3, 2, dtype=torch.float32)
-    res = method(*start(low))
+    low = quadratic(2, 1, dtype=torch.float32)
+    res = quick(*start(low))
     assert res.converged
     assert res.x.dtype == torch.float32
     assert relative(res.x, low.x_star) < 5e-3
@@ -220,8 +213,8 @@ def test_the_second_stage_can_be_exchanged():
     assert res.converged
     assert relative(res.x, case.x_star) < 1e-8
     assert set(res.residuals) >= {"lower", "adjoint", "upper"}
-    with pytest.raises(ValueError, match="AID does not take"):
-        bilevel.MEHA(debias=bilevel.HOAG())(*start(weighted_l1(2)))
+    with pytest.raises(ValueError, match="BOME does not take"):
+        bilevel.MEHA(debias=bilevel.BOME())(*start(weighted_l1(2)))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
@@ -278,11 +271,13 @@ def test_minibatches(method):
     problem = bilevel.Problem(
         lambda x, y, d: case.problem.upper(x, y) + d @ x, lambda x, y, d: case.problem.lower(x, y) + d @ y
     )
-    method = dataclasses.replace(method, stopping=Stopping(rtol=0.0, max_iter=400))
+    method = dataclasses.replace(method, stopping=Stopping(rtol=0.0, max_iter=200))
     res = method(problem, case.x0, case.y0, data=noisy)
     assert res.status == Status.MAX_ITER
     assert float((res.x - case.x_star).norm()) < 0.15 * float((case.x0 - case.x_star).norm())
-    assert torch.equal(method(problem, case.x0, case.y0, data=noisy).x, res.x)
+    short = dataclasses.replace(method, stopping=Stopping(rtol=0.0, max_iter=20))
+    runs = [short(problem, case.x0, case.y0, data=noisy).x for _ in range(2)]
+    assert torch.equal(*runs)
 
 
 def test_only_the_oracle_is_asked():
