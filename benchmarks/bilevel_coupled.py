@@ -56,7 +56,7 @@ def onto(case: Answered, w: Tensor, n: int) -> Tensor:
         x, y = leaves(v[:n], v[n:])
         c = case.problem.equality(x, y)
         row = torch.cat(gradients(c.sum(), x, y))
-        v = w - row * (float(c) + row @ (w - v)) / (row @ row)
+        v = w - row * (c.detach() + row @ (w - v)) / (row @ row)
     return v
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "bilevel_coupled.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    n, steps = (10, 500) if options.quick else (100, 50_000)
+    n, steps = (10, 500) if options.quick else (100, 10_000)
     bare = Stopping(rtol=1e-5, max_iter=2000)
     methods = {
         "LVHBA": bilevel.LVHBA(),

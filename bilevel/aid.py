@@ -27,9 +27,10 @@ class AID(ImplicitMethod):
     then has kinks where rows become active; a run that would end in one has to be stopped by max_iter.
 
     `error` is the largest of |f_y| (|R|), |F_y - H v| and |P_X(x - g) - x|, all measured at the point returned;
-    CONVERGED means error <= max(rtol * (|F_x| + |f_xy v|), atol) with the scale taken at x0 (|F_y| where it is zero). A lower Hessian that is
-    singular or indefinite ends the run as SINGULAR (at the start, or in eight trials in a row) or NEGATIVE_CURVATURE:
-    y*(x), or the hypergradient, does not exist there. A lower level without a feasible point is INFEASIBLE.
+    CONVERGED means error <= max(rtol * (|F_x| + |f_xy v|), atol) with the scale taken at x0 (|F_y| where it is zero).
+    A lower Hessian that is singular or indefinite ends the run as SINGULAR (at the start, or in eight trials in a row)
+    or NEGATIVE_CURVATURE: y*(x), or the hypergradient, does not exist there. A lower level without a feasible point is
+    INFEASIBLE.
 
     Cost of a step: one lower solve, one gradient of F, one of f with a graph, and, when accepted, the products of the
     adjoint solve plus one.

@@ -121,12 +121,12 @@ class F2SA(PenaltyMethod):
         return self._inner(oracle, s, x, 0)
 
     def _advance(self, oracle: Oracle, s: F2SAState) -> F2SAState:
-        lag = s.residuals["auxiliary"] + s.residuals["blend"]
         if self.upper_step_size is not None:
             size, watch = s.watch.fixed(self.upper_step_size)
         elif oracle.data is not None:
             size, watch = _shrunk(oracle, s) * s.watch.size, s.watch
         else:
+            lag = s.residuals["auxiliary"] + s.residuals["blend"]
             size, watch = s.watch.move(oracle, s.x_vector, s.slope, s.value, s.gap, s.penalty, lag)
         x = oracle.project(s.x_vector - size * s.slope)
         return self._inner(oracle, replace(s, watch=watch), x, int(s.iterations) + 1)

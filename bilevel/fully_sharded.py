@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nestopt.implicit.inner_step import Named
 from nestopt.linalg.autodiff import evaluate
@@ -196,7 +195,7 @@ class PiecesOracle(Oracle):
             for name, factor in factors.items():
                 with isolated():
                     value = factor * self._value(name)
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
                 total = total + value.detach()
             found = [{n: None if p.grad is None else _piece(p.grad).clone() for n, p in s.items()} for s in sides]
         finally:
@@ -213,7 +212,9 @@ class _Point:
 
 def _piece(t: Tensor) -> Tensor:
     """The local piece, which shares its memory."""
-    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+    from torch.distributed.tensor import DTensor  # takes a while, and a torch without distributed lacks it
+
+    return t.to_local().detach() if isinstance(t, DTensor) else t.detach()
 
 
 def _joined(space: Any, like: Tensor, found: dict[str, Tensor | None]) -> Tensor:
@@ -268,6 +269,8 @@ def fully_sharded(problem: ModuleProblem, group: Group = None) -> FullyShardedPr
     check_group(OWNER, group)
     if not isinstance(problem, ModuleProblem):
         raise TypeError(f"{OWNER}: problem must be one of from_modules, but got {type(problem).__name__}.")
+    from torch.distributed.tensor import DTensor
+
     plain = [name for name, p in problem.modules.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if plain:
         raise ValueError(

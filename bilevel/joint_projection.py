@@ -71,8 +71,9 @@ class JointSet:
     max over mu (mu_g >= 0) of D(mu), w(mu) = P_S(v - J'mu), D' = J w(mu) - d. Equations alone are solved by a cached
     factorisation; else semismooth Newton steps on D of the order of the active rows, J P_S' J' mu+ = ..., with a
     gradient step of size 1/|J|^2 wherever they do not raise D, so that the iteration ends at the projection from
-    anywhere. D > (1e7 max(1, |v|))^2 / 2 proves that no point of C is within 1e7 of v: INFEASIBLE. Curved constraints
-    are linearised at the last w until nothing moves: the rate is |mu| |c''|, so that short steps take a few rounds.
+    anywhere. D > (1e7 max(1, |v|))^2 / 2, met on the way or far along mu, proves that no point of C is within
+    1e7 max(1, |v|) of v: INFEASIBLE. Curved constraints are linearised at the last w until
+    nothing moves: the rate is |mu| |c''|, so that short steps take a few rounds.
 
     Cost: one backward pass a row for each linearisation (one in all for affine constraints), p^2 n operations and two
     projections onto S a Newton step.
@@ -231,11 +232,11 @@ class JointSet:
         reach = _FAR * max(1.0, float(v.norm()))
         mu = v.new_zeros(len(J))
         w, slope, value = self._dual(v, rows, mu)
-        for _ in range(200):
+        for k in range(200):
             residual = _complementarity(mu, slope, m)
             if not bool(residual > limit):
                 return Projection(w, mu, residual, _code(residual, limit), rows)
-            if bool(value > reach**2 / 2):
+            if bool(value > reach**2 / 2) or (k % 20 == 19 and self._empty(v, rows, mu, reach)):
                 return Projection(w, mu, residual, Status.INFEASIBLE, rows)
             on = torch.ones(len(J), dtype=torch.bool, device=v.device)
             on[:m] = mu[:m] + slope[:m] > 0
@@ -255,6 +256,13 @@ class JointSet:
             mu, w, slope, value = trial, w_, slope_, value_
         residual = _complementarity(mu, slope, m)
         return Projection(w, mu, residual, _code(residual, limit), rows)
+
+    def _empty(self, v: Tensor, rows: Rows, mu: Tensor, reach: float) -> bool:
+        """Whether D grows beyond the reach along mu, by more than rounding."""
+        far = mu * (1e6 * reach**2 / mu.norm().clamp_min(torch.finfo(v.dtype).tiny))
+        w, slope, value = self._dual(v, rows, far)
+        terms = (rows.jacobian.abs() @ w.abs() + rows.offset.abs()) @ far.abs()
+        return bool(value > reach**2 / 2) and bool(torch.dot(far, slope) > 1e-8 * terms)
 
     def _dual(self, v: Tensor, rows: Rows, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w = self.project_sets(v - rows.jacobian.T @ mu)

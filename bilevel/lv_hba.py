@@ -60,7 +60,7 @@ class LVHBA(CoupledMethod):
         radius: r of Z = [0, r]^p for inequalities and [-r, r] for equalities, for scaled rows.
         step_size: alpha; None for automatic steps, then all three are None.
         inner_step_size: eta, below 2 / L for the inner gradient's Lipschitz constant L.
-        dual_step_size: beta, at most gamma2.
+        dual_step_size: beta, below 2 gamma2, as eta is.
         scale_rows: divide each constraint by the norm of its gradient at the start.
         debias: the second stage, which removes the penalty's bias; None for the bare method.
         stopping: rtol None is 1e-6 in float64 and 1e-3 in float32.
@@ -126,6 +126,16 @@ class LVHBA(CoupledMethod):
             "stopping": Stopping(rtol=1e-4, max_iter=50_000),
         }  # fmt: skip
         return cls(**{**constants, **changes})
+
+    def _check_steps(self, curvature: Tensor) -> None:
+        super()._check_steps(curvature)
+        for name in ("inner_step_size", "dual_step_size"):
+            size = getattr(self, name)
+            if size is not None and size >= 2 * self.gamma2:
+                raise ValueError(
+                    f"LVHBA: {name} must be below 2 gamma2 = {2 * self.gamma2:g}, beyond which the multipliers run "
+                    f"away, but got {size}; lower it, or pass no step sizes."
+                )
 
     def published_step(
         self, oracle: Oracle, joint: JointSet, s: CoupledState, c: Tensor

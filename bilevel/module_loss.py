@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nestopt.implicit.inner_step import Dropout, Named, seeded_state
 from nestopt.implicit.recomputation import recomputed
+from nestopt.implicit.transforms import transformed
 from nestopt.linalg.autodiff import captured_leaves, reached_leaves
 from nestopt.linalg.guard import describe_captured
 from nestopt.linalg.isolation import RandomState, isolated
@@ -185,6 +186,8 @@ class ModuleLoss(Term):
 
     def _value(self, tensors: Named, batch: tuple[Any, ...], seed: int | None) -> Tensor:
         dtype = next(iter(tensors.values())).dtype
+        # where only the value is wanted too, a loss over "parameters that require grad" must find them
+        tensors = {n: marked(t) if n.startswith("lower.") else t for n, t in tensors.items()}
         return self._guarded(partial(functional_call, self.modules, tensors, (self.loss, *batch)), seed, dtype)
 
     def _guarded(
@@ -244,7 +247,7 @@ class ModuleLoss(Term):
         for i, (piece, share) in enumerate(pieces):
 
             def value(*given: Tensor, piece: Any = piece, i: int = i) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-                full = {**tensors, **{names[j]: t for j, t in zip(used, given, strict=True)}}
+                full = {**tensors, **{names[j]: marked(t) for j, t in zip(used, given, strict=True)}}
                 with isolated():  # backward passes come here from outside
                     return (self._value(full, (piece,), None if seed is None else seed + i),), ()
 
@@ -266,6 +269,11 @@ class ModuleLoss(Term):
             )
         found = {id(leaf) for leaf in reached_leaves(value)}
         return [j for j, leaf in enumerate(leaves) if id(leaf) in found]
+
+
+def marked(t: Tensor) -> Tensor:
+    """The tensor, or a leaf with its value that requires grad, as a module's parameter would."""
+    return t if t.requires_grad or transformed() else t.detach().requires_grad_()
 
 
 @contextmanager

@@ -40,8 +40,9 @@ class Replay(ThroughSolver):
 
     Args:
         steps: T; None for as many as the certificate asks for.
-        optimizer: implicit.SGD(lr, momentum=...), Adam, AdamW, or a function (x, t) -> one of these; None for heavy
-            ball of automatic coefficients.
+        optimizer: implicit.SGD(lr, momentum=...), Adam, AdamW, or a function (x, t) -> one of these (an object with a
+            repr of its own, where a checkpoint is to be resumed in another process); None for heavy ball of automatic
+            coefficients.
         upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set.
         stopping: rtol None is 1e-7 in float64 and 1e-4 in float32.
         warm_start: True begins the training at the last one's end.
@@ -60,8 +61,8 @@ class Replay(ThroughSolver):
     Example:
         >>> from nestopt import bilevel, implicit
         >>> problem = bilevel.Problem(lambda x, y: ((y - 1) ** 2).sum(), lambda x, y: (y**2).sum() / 2 - y.sum())
-        >>> method = bilevel.Replay(steps=40, optimizer=lambda x, t: implicit.SGD(x[t // 20].exp()))
-        >>> rates, start = torch.full((2,), -5.0, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> method = bilevel.Replay(steps=10, optimizer=lambda x, t: implicit.SGD(x[t // 5].exp()))
+        >>> rates, start = torch.full((2,), -2.0, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         >>> res = method(problem, rates, start)
         >>> bool(res.value < 1e-6)
         True

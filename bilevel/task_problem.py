@@ -10,6 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
+from nestopt.implicit.batched_objective import select
+
 from .problem import Problem
 
 __all__ = ["TaskFunction", "TaskProblem"]
@@ -60,7 +62,7 @@ class TaskFunction:
     def _values(self, x: Any, y: Any, *data: Any) -> Tensor:
         if self.excluded is not None:  # a cut at the input too: zero times NaN is NaN
             mask = self.excluded
-            y = optree.tree_map(lambda leaf: torch.where(_like(mask, leaf), leaf.detach(), leaf), y)
+            y = optree.tree_map(lambda leaf: select(mask, leaf.detach(), leaf), y)
         return self.function(x, y, *data)
 
     def _check(self, values: Any, y: Any) -> None:
@@ -143,10 +145,6 @@ class TaskProblem(Problem):
         return Problem(
             self.upper, lower, self.upper_set, self.lower_set, self.inequality, self.equality, self.lower_prox
         )
-
-
-def _like(mask: Tensor, leaf: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
 
 
 def _parts(y: Any, batch_dims: int) -> list[Tensor]:

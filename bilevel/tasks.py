@@ -11,11 +11,13 @@ import optree
 import torch
 from torch import Tensor
 
+from nestopt.implicit.batched_objective import select
 from nestopt.implicit.minimizer import MinimizeResult
 from nestopt.linalg import CG, Status
 from nestopt.linalg.result import Callback, Statuses
 
 from .aid import AID
+from .batched_points import is_fatal
 from .method import BilevelResult, Method
 from .per_task import Blocks
 from .problem import Linearization, Spaces
@@ -23,10 +25,6 @@ from .task_level import TaskLevel
 from .task_problem import TaskFunction, TaskProblem
 
 __all__ = ["TaskReport", "TaskResult", "examine_tasks", "solve_tasks"]
-
-_FATAL = (
-    Status.NON_FINITE, Status.DIVERGED, Status.UNBOUNDED, Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def examine_tasks(
     found: MinimizeResult = level.minimise(x_vector, spaces.y.flatten(y).detach(), tolerance)
     upper, tasks = problem.upper, level.tasks
     assert isinstance(upper, TaskFunction)
-    codes, failed = found.codes, _is_fatal(found.codes)
+    codes, failed = found.codes, is_fatal(found.codes)
     arguments = level._arguments("upper", spaces.x.unflatten(x_vector), found.x)
     with torch.no_grad():
         values = upper.function(*arguments)
@@ -101,7 +99,7 @@ def examine_tasks(
         kept = problem.without(failed) if own else problem
         point = Linearization(kept, spaces, x_vector, spaces.y.flatten(found.x), data)
         adjoint = CG()(Blocks(point.hessian, tasks), tasks.split(point.upper_y))
-        bad = _is_fatal(adjoint.codes) & ~failed
+        bad = is_fatal(adjoint.codes) & ~failed
         codes, failed = torch.where(bad, adjoint.codes, codes), failed | bad
     y_found = optree.tree_map(torch.clone, found.x)  # leaves with memory of their own, as the border asks for
     return TaskReport(codes, failed, values.detach() if own else None, torch.as_tensor(found.error), y_found)
@@ -177,7 +175,7 @@ def solve_tasks(
             problem, res.x, res.y, method=own, data=part, tolerance=tolerance if math.isfinite(tolerance) else None
         )
     last = _merged(last, first, excluded)
-    y = optree.tree_map(lambda leaf: torch.where(_like(excluded, leaf), torch.nan, leaf), res.y)
+    y = optree.tree_map(lambda leaf: select(excluded, torch.full_like(leaf, torch.nan), leaf), res.y)
     fields = {**vars(res), "y": y}
     return TaskResult(**fields, tasks=last, excluded=excluded)
 
@@ -194,11 +192,3 @@ def _merged(last: TaskReport, first: TaskReport, excluded: Tensor) -> TaskReport
         residuals=torch.where(excluded, first.residuals, last.residuals),
         values=values,
     )
-
-
-def _is_fatal(codes: Tensor) -> Tensor:
-    return torch.stack([codes == status.code for status in _FATAL]).any(0)
-
-
-def _like(mask: Tensor, leaf: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))

@@ -45,7 +45,8 @@ class Unrolled(ThroughSolver):
     Args:
         steps: T, the inner steps of each evaluation; None for as many as the certificate asks for.
         optimizer: the inner one: implicit.SGD(lr, momentum=...), Adam, AdamW, or a function (x, t) -> optimizer whose
-            hyper-parameters x holds; None for heavy ball of automatic coefficients.
+            hyper-parameters x holds (an object with a repr of its own, where a checkpoint is to be resumed in another
+            process); None for heavy ball of automatic coefficients.
         upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set.
         stopping: rtol None is 1e-7 in float64 and 1e-4 in float32.
         warm_start: whether the inner steps begin at the last y, or always at y0; where y*(x) is not unique the two

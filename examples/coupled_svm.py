@@ -85,7 +85,8 @@ def draw(output, runs, X, t):
     middle.set(xlabel="seconds", title="upper objective")
     middle.legend(frameon=False)
     res = runs["LV-HBA"]
-    right.scatter(t * (X @ res.y["w"] + res.y["b"]), res.x, c=res.y["s"], cmap="viridis")
+    margins = t * (X @ res.y["w"] + res.y["b"])
+    right.scatter(margins.tolist(), res.x.tolist(), c=res.y["s"].tolist(), cmap="viridis")
     right.axvline(1.0, color="0.6")
     right.set(xlabel="margin of the training point", ylabel="learnt bound of its slack", title="colour: slack")
     figure.savefig(output, dpi=120)

@@ -129,7 +129,7 @@ def draw(output, found):
     *axes, last = figure.subplots(2, 3).flat
     for ax, (name, (images, history)) in zip(axes, found.items(), strict=True):
         sheet = images.reshape(10, -1, 8, 8).permute(1, 2, 0, 3).reshape(-1, 80)  # a column a class
-        ax.imshow(sheet, cmap="gray_r")
+        ax.imshow(sheet.numpy(), cmap="gray_r")
         ax.set(xticks=[], yticks=[], title=name)
         if history:
             last.semilogy([r["seconds"] for r in history], [r["value"] for r in history], label=name)

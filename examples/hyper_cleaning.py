@@ -42,8 +42,8 @@ def cleaning(train, held):
     X, noisy, _ = train
     V, v = held
 
-    def validation(x, y):
-        return cross_entropy(predict(y, V), v)
+    def validation(x, y):  # the ridge keeps points that the validation set says nothing about near weight 1/2
+        return cross_entropy(predict(y, V), v) + 1.5e-5 * (x**2).sum()
 
     def training(x, y):
         losses = cross_entropy(predict(y, X), noisy, reduction="none")
@@ -60,17 +60,17 @@ def methods(quick):
         "AID (implicit)": bilevel.AID(stopping=at_most(60)),
         "HOAG (implicit, inexact)": bilevel.HOAG(stopping=at_most(100)),
         "Unrolled (reverse)": bilevel.Unrolled(stopping=at_most(60)),
-        "SOBA (single loop)": bilevel.SOBA(stopping=at_most(1000)),
-        "BAMM (single loop)": bilevel.BAMM(stopping=at_most(1000)),
-        "MEHA (Moreau envelope)": bilevel.MEHA(debias=None, stopping=at_most(1000)),
-        "F2SA (first order)": bilevel.F2SA(debias=None, stopping=at_most(200)),
+        "SOBA (single loop)": bilevel.SOBA(stopping=at_most(500)),
+        "BAMM (single loop)": bilevel.BAMM(stopping=at_most(300)),
+        "MEHA (Moreau envelope)": bilevel.MEHA(stopping=at_most(30)),
+        "F2SA (first order)": bilevel.F2SA(stopping=at_most(30)),
     }
 
 
 def compare(quick):
-    train, held, (E, e) = load()
-    _, _, wrong = train
-    problem = cleaning(train, held)
+    train, (V, v), (E, e) = load()
+    wrong = train[2]
+    problem = cleaning(train, (V, v))
     x0, y0 = torch.zeros(800), {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 
     def accuracy(y):
@@ -79,13 +79,16 @@ def compare(quick):
     print(ROW.format("method", *HEAD))
     for name, logits in (("all labels, noisy", x0 + 20), ("oracle: right labels only", 20 - 40.0 * wrong)):
         y = implicit.NewtonCG()(lambda y, x=logits: problem.lower(x, y), y0).unwrap()
-        print(ROW.format(name, *[""] * 5, f"{float(problem.upper(logits, y)):.4f}", f"{accuracy(y):.3f}", "", ""))
+        print(
+            ROW.format(name, *[""] * 5, f"{float(cross_entropy(predict(y, V), v)):.4f}", f"{accuracy(y):.3f}", "", "")
+        )
     runs = {}
     for name, method in methods(quick).items():
         res = bilevel.solve(problem, x0, y0, method, callbacks=[bilevel.ProgressBar(label=name)])
         f1, counts = f1_score(wrong, torch.sigmoid(res.x) < 0.5), res.counts
         gradients = counts.lower_gradients + counts.upper_evaluations
-        end = f"{res.value:.4f}", f"{accuracy(res.y):.3f}", f"{f1:.3f}", res.status.name
+        validation = float(cross_entropy(predict(res.y, V), v))
+        end = f"{validation:.4f}", f"{accuracy(res.y):.3f}", f"{f1:.3f}", res.status.name
         last = res.history[-1]
         figures = last["iteration"], f"{last['seconds']:.1f}", f"{res.error:.0e}", gradients, counts.products
         print(ROW.format(name, *figures, *end))
@@ -96,12 +99,12 @@ def compare(quick):
 def draw(output, runs, wrong):
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    best = min(record["value"] for res, _ in runs.values() for record in res.history if res.error < 1e-2)
+    best = min((res for res, _ in runs.values()), key=lambda res: res.error).value
     for name, (res, _) in runs.items():
         seconds = [record["seconds"] for record in res.history]
         left.loglog(seconds, [abs(record["value"] - best) for record in res.history], label=name)
         middle.loglog(seconds, [record["error"] for record in res.history], label=name)
-    left.set(xlabel="seconds", title="validation loss above the best")
+    left.set(xlabel="seconds", title="distance from the best upper objective")
     middle.set(xlabel="seconds", title="certified error")
     middle.legend(frameon=False, fontsize=7)
     weights, bins = torch.sigmoid(next(iter(runs.values()))[0].x), torch.linspace(0, 1, 31).numpy()

@@ -3,7 +3,7 @@
 digits, thinned out so that each class has fewer images than the one before, 100 down to 4. x are the weights of a
 network that corrects a training point's weight, the inverse frequency of its class, by that frequency and by the loss
 of the point under plain training; y is a softmax regression on the points so weighted, the upper objective its loss on
-ten images of each class.
+ten images of each class. That loss falls well below the one of inverse frequencies; test accuracy stays about theirs.
 
 Run: python examples/long_tail.py [--output FIGURE.png] [--quick]
 """
@@ -96,7 +96,7 @@ def draw(output, found, weights, t, res):
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for i, (name, shares) in enumerate(found.items()):
-        left.bar(torch.arange(10) + 0.27 * (i - 1), shares, width=0.27, label=name)
+        left.bar([c + 0.27 * (i - 1) for c in range(10)], shares.tolist(), width=0.27, label=name)
     left.set(
         xticks=range(10), xticklabels=COUNTS.tolist(), xlabel="training images of the class", title="test accuracy"
     )

@@ -1,7 +1,7 @@
 """Millions of hyperparameters: a penalty for every weight of a network, and one for every feature of a regression.
 
 1. digits: a network of 1 076 010 weights and as many penalties, learnt while it trains; time and memory against plain.
-2. breast_cancer: 30 penalties against one. More hyperparameters than validation points can tell apart over-fit them.
+2. breast_cancer: 30 penalties against one; more of them than the validation points can tell apart over-fit those.
 
 Run: python examples/per_weight_penalties.py [--output FIGURE.png] [--quick]
 """
@@ -65,7 +65,6 @@ def per_weight(quick):
     first, middle, last = torch.nn.Linear(64, width), torch.nn.Linear(width, width), torch.nn.Linear(width, 10)
     net = torch.nn.Sequential(first, torch.nn.Tanh(), middle, torch.nn.Tanh(), last)
     weights = {name: p.detach().clone() for name, p in net.named_parameters()}
-    x0 = {name: torch.full_like(p, 1e-3**0.5) for name, p in weights.items()}  # roots of the penalties
 
     def training(net, x):
         return cross_entropy(net(X), t) + sum(((x[name] * p) ** 2).sum() for name, p in net.named_parameters()) / 2
@@ -81,8 +80,8 @@ def per_weight(quick):
 
     def one_step(steps):
         """Each step moves the weights; through every second one the validation loss moves the penalties."""
-        x, y = {name: p.clone().requires_grad_() for name, p in x0.items()}, weights
-        penalties = torch.optim.RMSprop(x.values(), lr=0.005)
+        x = {name: torch.full_like(p, 1e-3**0.5, requires_grad=True) for name, p in weights.items()}  # penalties' roots
+        y, penalties = weights, torch.optim.RMSprop(x.values(), lr=0.005)
         for k in trange(steps, desc="through one step", leave=steps > 2):
             with torch.set_grad_enabled(k % 2 == 1):
                 trained = implicit.unroll_training(net, training, [x], implicit.SGD(0.3), parameters=y)
@@ -103,10 +102,9 @@ def per_weight(quick):
         seconds = time.process_time() - begun
         fitted = [float((functional_call(net, y, (A,)).argmax(-1) == b).double().mean()) for A, b in ((V, v), (E, e))]
         unit = (seconds, memory.peak) if train is plain else unit
-        longer, larger = seconds / unit[0], memory.peak / unit[1]
+        found[name] = longer, larger = seconds / unit[0], memory.peak / unit[1]
         cost = f"{seconds:.1f}", f"{longer:.2f}x", f"{memory.peak / 2**20:.0f} MB", f"{larger:.2f}x"
         print(ROW.format(name, *cost, *(f"{share:.3f}" for share in fitted)))
-        found[name] = longer, larger
     return found
 
 
@@ -136,7 +134,7 @@ def draw(output, found, res):
         left.bar([i, i + 3], [longer, larger], label=name)
     left.set(xticks=[0.5, 3.5], xticklabels=["time", "memory"], title="1 076 010 penalties against plain training")
     left.legend()
-    right.bar(range(30), torch.exp(res.x), log=True)
+    right.bar(range(30), torch.exp(res.x).tolist(), log=True)
     right.set(xlabel="feature", title="learnt penalties, breast_cancer")
     figure.savefig(output, dpi=120)
     print(f"figure: {output}")

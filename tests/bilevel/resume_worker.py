@@ -77,25 +77,18 @@ def prepared(name):
         problem = networks()
         method = bilevel.SOBA(step_size=0.05, upper_step=adam(), stopping=STOPPING)
         return problem, problem.x0, problem.y0, method, problem.data
-    if name == "loader":
-        data = bilevel.FromLoader(loader(samples(30, 0), 7), loader(samples(20, 1), 7), seed=4)
-        return *regression(), bilevel.SOBA(stopping=STOPPING), data
     methods = {
-        "AID": lambda: bilevel.AID(stopping=STOPPING),
         "AID, Adam": lambda: bilevel.AID(upper_step=adam(), stopping=STOPPING),
-        "F2SA": lambda: bilevel.F2SA(debias=None, stopping=STOPPING),
         "F2SA, second stage": lambda: bilevel.F2SA(
             debias=bilevel.ValueDifference(stopping=Stopping(rtol=0.0, max_iter=5)),
             stopping=Stopping(rtol=0.0, max_iter=2),
         ),
-        "MEHA": lambda: bilevel.MEHA(debias=None, stopping=STOPPING),
         "BAMM": lambda: bilevel.BAMM(stopping=STOPPING),
         "Unrolled": lambda: bilevel.Unrolled(stopping=STOPPING),
         "SOBA": lambda: bilevel.SOBA(stopping=STOPPING),
-        "SOBA, Adam": lambda: bilevel.SOBA(upper_step=adam(), stopping=STOPPING),
         "SABA": lambda: bilevel.SABA(stopping=STOPPING),
     }
-    if name in ("SOBA", "SOBA, Adam", "SABA"):
+    if name in ("SOBA", "SABA"):
         return *regression(), methods[name](), batches()
     return *plain, methods[name](), None
 

@@ -33,14 +33,27 @@ def check(method, case, xtol):
     return res
 
 
-@pytest.mark.parametrize("case", COUPLED, ids=name)
-@pytest.mark.parametrize("method", METHODS, ids=name)
+FAST = METHODS[:2]
+SAMPLE = [
+    coupled_equality(1),
+    coupled(100),
+    coupled_inequality(0.3, 0.3007, 2.6545),
+]  # BLOCC takes seconds each
+
+
+@pytest.mark.parametrize(
+    ("method", "case"), [(m, c) for m in FAST for c in COUPLED] + [(METHODS[2], c) for c in SAMPLE], ids=name
+)
 def test_debiased_answers(method, case):
     check(method, case, 1e-5)
 
 
-@pytest.mark.parametrize("case", [coupled_equality(10), coupled(10), coupled(10, 3), EASY], ids=name)
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [(m, c) for m in FAST for c in (coupled_equality(10), coupled(10), coupled(10, 3), EASY)]
+    + [(METHODS[2], coupled(10, 3))],
+    ids=name,
+)
 def test_bare_answers(method, case):
     method = dataclasses.replace(method, debias=None, stopping=SHORT)
     if isinstance(method, bilevel.BiCGAFFA) and case is EASY:
@@ -136,11 +149,16 @@ def test_resume_is_exact_and_init_with_steps_equals_the_call(method, tmp_path):
     assert state.counts == whole.counts
 
 
+LARGER = {"step_size": 0.1, "inner_step_size": 0.3, "dual_step_size": 0.1, "gamma1": 1.0, "radius": 10.0,
+          "scale_rows": True}  # fmt: skip
 PUBLISHED = [
-    (bilevel.LVHBA.published(stopping=Stopping(rtol=2e-3, max_iter=1200)), coupled(2), 0.1),
-    (bilevel.BiCGAFFA.published(stopping=Stopping(rtol=0.0, max_iter=1000), step_size=0.02, inner_step_size=0.05,
-                                dual_step_size=0.02, radius=5.0, scale_rows=True), coupled(2), 0.3),
-]  # fmt: skip
+    (bilevel.LVHBA.published(c0=2.0, stopping=Stopping(rtol=5e-4, max_iter=500)), coupled(2), 1e-3),
+    (
+        bilevel.BiCGAFFA.published(**LARGER, stopping=Stopping(rtol=1e-3, max_iter=500)),
+        coupled(2),
+        1e-2,
+    ),
+]
 
 
 @pytest.mark.parametrize(("method", "case", "xtol"), PUBLISHED, ids=name)
@@ -185,6 +203,8 @@ def test_steps_that_cannot_work_are_refused():
     case = coupled(2)
     with pytest.raises(ValueError, match="inner_step_size must be below 2 / L"):
         bilevel.LVHBA.published(inner_step_size=5.0).init(case.problem, case.x0, case.y0)
+    with pytest.raises(ValueError, match="dual_step_size must be below 2 gamma2"):
+        bilevel.LVHBA.published(dual_step_size=2.5).init(case.problem, case.x0, case.y0)
     with pytest.raises(ValueError, match="belong together"):
         bilevel.LVHBA(step_size=0.1)
     with pytest.raises(ValueError, match="outgrows"):

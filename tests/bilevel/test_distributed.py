@@ -22,7 +22,7 @@ def reports(tmp_path_factory):
     environment = {**found, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     folder = str(tmp_path_factory.mktemp("stores"))
     command = [sys.executable, "-P", WORKER, folder, "data_parallel", "fully_sharded", "ends", "silent"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {**{line.get("check", f"message of {line.get('fate')}"): line for line in lines}, "stderr": done.stderr}

@@ -204,7 +204,7 @@ def test_truncated_lower_solver_is_honest():
 
 def test_history_counts_and_resume_by_state():
     case = ridge()
-    whole = bilevel.solve(case.problem, case.x0, case.y0)
+    whole = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID())
     method = bilevel.AID(stopping=Stopping(rtol=None, max_iter=5))
     half = bilevel.solve(case.problem, case.x0, case.y0, method)
     assert half.status == Status.MAX_ITER

@@ -30,7 +30,9 @@ def penalties():
     "make",
     [
         lambda solver: bilevel.AID(linear_solver=solver, stopping=Stopping(1e-4, max_iter=5)),
-        lambda solver: bilevel.HOAG(bilevel.Polynomial(3.0), linear_solver=solver, stopping=Stopping(1e-2, max_iter=5)),
+        lambda solver: bilevel.HOAG(
+            bilevel.Polynomial(3.0), bilevel.LipschitzStep(), linear_solver=solver, stopping=Stopping(1e-2, max_iter=5)
+        ),
     ],
     ids=["AID", "HOAG"],
 )

@@ -1,5 +1,6 @@
 """Metagradients of whole trainings."""
 
+import gc
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from laws_bilevel import relative
 from problems import DOUBLE, quadratic
 
 from nestopt import bilevel, implicit
-from nestopt.bilevel.inner_steps import InnerSteps, PerStep
+from nestopt.bilevel.inner_steps import Carry, InnerSteps, PerStep
+from nestopt.bilevel.problem import Spaces
 from nestopt.linalg import Status, Stopping
 
 
@@ -54,21 +56,19 @@ def long_graph(problem, x0, y0, data, rule, steps):
 )
 def test_equal_to_one_long_graph(optimizer):
     problem, y0, data = training()
-    steps, x0 = 90, {"lr": torch.full((10,), -3.0, dtype=DOUBLE)}
+    steps, x0 = 70, {"lr": torch.full((10,), -3.0, dtype=DOUBLE)}
     rule = schedule(optimizer, steps)
     truth = long_graph(problem, x0, y0, data, rule, steps)
-    for branching, segment in ((2, 7), (4, 16), (3, 1)):
+    for branching, segment in ((2, 7), (4, 16)):
         method = bilevel.Replay(steps=steps, optimizer=rule, branching=branching, segment=segment)
         state = method.init(problem, x0, y0, data)
         assert relative(state.hypergradient, truth) < 1e-10
         assert int(state.pulled) == steps
         assert float(state.residuals["trust"]) == 0
         assert "agrees" in method.diagnosis(state)
-        if segment == 1:
-            break
 
 
-def test_memory_is_bounded(monkeypatch):
+def test_memory_is_bounded():
     """The states held at once, counted in use, grow with the logarithm of the steps."""
     case = quadratic(5, 3)
     for steps, branching in ((32, 2), (128, 2), (128, 4)):
@@ -77,21 +77,17 @@ def test_memory_is_bounded(monkeypatch):
         levels = math.ceil(math.log(steps / 4, branching))
         assert int(state.stored) <= (branching - 1) * levels + 1
     # what is alive is what is counted: carries in the generators' frames
-    spaces = bilevel.problem.Spaces.of(case.x0, case.y0)
+    spaces = Spaces.of(case.x0, case.y0)
     inner = InnerSteps(case.problem, spaces)
-    method = bilevel.Replay(steps=256, optimizer=implicit.SGD(0.05), branching=2, segment=4)
+    method = bilevel.Replay(steps=128, optimizer=implicit.SGD(0.05), branching=2, segment=4)
     f = method._forward(inner, case.x0, case.y0, 0.0, torch.tensor([0.05, 0.0], dtype=DOUBLE))
     assert len(f.segments) == 1
-    import gc
-
-    from nestopt.bilevel.inner_steps import Carry
-
     most = 0
     for _, held, _ in method._backwards(inner, f):
         alive = sum(isinstance(o, Carry) for o in gc.get_objects())
         most = max(most, alive)
         assert alive <= held + 2  # the one in hand
-    assert most <= 2 + 1 + math.ceil(math.log2(64))
+    assert most <= 2 + 1 + math.ceil(math.log2(32))
 
 
 def test_a_long_run():
@@ -135,7 +131,7 @@ def test_chaotic_training_is_said():
 
 def test_float32_is_added_up_in_double():
     problem, y0, data = training()
-    steps = 200
+    steps = 60
     x0 = {"lr": torch.full((10,), -3.0, dtype=DOUBLE)}
     rule = schedule(lambda lr: implicit.SGD(lr, momentum=0.9), steps)
     whole = bilevel.Replay(steps=steps, optimizer=rule).init(problem, x0, y0, data)
