@@ -222,6 +222,8 @@ def start(rank, size, store, seconds, function):
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
         )
         function(rank, size)
+        dist.barrier()  # a rank that leaves while another still receives is a lost one
+        dist.destroy_process_group()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -42,12 +42,13 @@ class Last(nn.Module):
 
     def __init__(self, kind, dropout=0.0):
         super().__init__()
-        self.embedding = nn.Embedding(5, 2)
+        width = 2 if kind == "lstm" else 4
+        self.embedding = nn.Embedding(5, width)
         if kind == "lstm":
-            self.core = nn.LSTM(2, 2, num_layers=1 + (dropout > 0), batch_first=True, dropout=dropout)
+            self.core = nn.LSTM(width, width, num_layers=1 + (dropout > 0), batch_first=True, dropout=dropout)
         else:
-            self.core = nn.MultiheadAttention(2, 1, dropout=dropout, batch_first=True)
-        self.head = nn.Linear(2, 3)
+            self.core = nn.MultiheadAttention(width, 2, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(width, 3)
         self.kind = kind
 
     def forward(self, tokens):

@@ -66,12 +66,12 @@ def test_f_is_divided_by_the_penalty_and_not_multiplied():
     F, f, zero = scalar()
 
     def fixed_point(weight, alpha, steps=1500):
-        x, y, th, gamma = zero.clone(), zero.clone(), zero.clone(), 1.0
+        x, y, th, gamma = 0.0, 0.0, 0.0, 1.0
         for _ in range(steps):
             th = th - alpha * ((th - x) + (th - y) / gamma)
             x = x - alpha * (weight * (x - 2) + (x - y) - (x - th))
             y = y - alpha * (weight * (y - 1) + (y - x) - (y - th) / gamma)
-        return float(x), float(y)
+        return x, y
 
     c = 30.0
     right, wrong = fixed_point(1 / c, 0.3), fixed_point(c, 0.02)
