@@ -32,7 +32,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint doctest layers format examples bench wheel-test clean
+.PHONY: help demo test slow lint doctest layers format examples bench wheel-test clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -49,8 +49,11 @@ help:  ## this list
 demo: .venv/.installed  ## learn the hyperparameters of two models on real data
 	@$(RUN) examples/hyperparameter_optimization.py
 
-test: .venv/.installed  ## the tests and the doctests, on two cores
-	@$(RUN) -m pytest -q -n 2 $(ARGS)
+test: .venv/.installed  ## the tests and the doctests, on two cores, but for the slow ones
+	@$(RUN) -m pytest -q -n 2 -m 'not slow' $(ARGS)
+
+slow: .venv/.installed  ## the slow tests
+	@$(RUN) -m pytest -q -n 2 -m slow $(ARGS)
 
 lint: .venv/.installed  ## ruff, mypy --strict and the doctests
 	@$(RUN) -m ruff check .
@@ -103,7 +106,7 @@ wheel-test: pyproject.toml constraints.txt constraints-floor.txt  ## the tests a
 	"$$python" -m pip check; \
 	(cd "$$root/empty" && "$$python" -c 'import implicit, nestopt.implicit as ours; assert implicit.als and implicit is not ours; assert "site-packages" in ours.__file__, ours.__file__'); \
 	for item in tests examples benchmarks *.md *.toml *.txt; do if [ -e "$$item" ]; then cp -R "$$item" "$$root/checks"; fi; done; \
-	cd "$$root/checks"; "$$python" -P -m pytest -q -n 2 -o pythonpath= -o testpaths=tests $(ARGS)
+	cd "$$root/checks"; "$$python" -P -m pytest -q -n 2 -m 'not slow' -o pythonpath= -o testpaths=tests $(ARGS)
 
 clean:  ## remove what builds and checks left (.venv stays)
 	@rm -rf build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info docs/_build docs/gallery

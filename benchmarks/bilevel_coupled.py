@@ -2,7 +2,7 @@
 
 On BiC-GAFFA's problem (n = 100, p = 1 and 3) and LV-HBA's own toy (n = 100). The published loops are written plainly in
 torch, with autograd and the closed-form projection onto one equation, no checks and no residuals; rows are scaled (the
-unscaled ones diverge on the toy) and their step sizes are the best of those that were tried. Both sides run in one
+unscaled ones diverge on the toy) and their step sizes were set once, within the papers' ranges. Both sides run in one
 process with one thread, in turns; the error is |(x, y) - answer| / |answer|, and a run's time ends at the first point
 from which it stays below the target. Times are of the CPU, so that other processes do not count.
 

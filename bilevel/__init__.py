@@ -22,7 +22,6 @@ from .estimate import Hypergradient, hypergradient
 from .estimators import SAGA, SPIDER, STORM, Estimator, Minibatch
 from .f2sa import F2SA
 from .f3sa import F3SA
-from .fully_sharded import FullyShardedProblem, fully_sharded
 from .gaffa import BiCGAFFA
 from .gpbgd import GPBGD
 from .hoag import HOAG, Geometric, LipschitzStep, Polynomial
@@ -39,11 +38,12 @@ from .oracle import Batch
 from .penalty_steps import Growth
 from .per_task import PerTask
 from .pes import PES
-from .polish import polish
+from .polishing import polish
 from .problem import Problem
 from .quasi_newton import CompactLBFGS
 from .real_time import RealTime
 from .replay import Replay
+from .sharded_parameters import FullyShardedProblem, fully_sharded
 from .soba import SABA, SOBA, SRBA
 from .solving import solve
 from .step_sizes import ScheduledStep

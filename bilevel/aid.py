@@ -9,7 +9,7 @@ from nestopt.linalg import LinearSolver, Stopping
 
 from .assumptions import Assumptions
 from .implicit_method import Accuracy, ImplicitMethod, ImplicitState, upper_tolerance
-from .lower_level import LowerSolver
+from .lower_choice import LowerSolver
 from .upper_step import UpperStep
 
 __all__ = ["AID", "upper_tolerance"]

@@ -12,7 +12,7 @@ from nestopt.implicit import NewtonCG
 from nestopt.linalg import LinearSolver
 
 from .estimate import hypergradient
-from .lower_level import LowerSolver, SmoothLevel, lower_level
+from .lower_choice import LowerSolver, SmoothLevel, lower_level
 from .problem import Problem, Spaces
 
 __all__ = ["HypergradientCheck", "HypergradientError", "check_hypergradient"]

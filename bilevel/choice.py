@@ -17,7 +17,7 @@ from nestopt.linalg.lanczos import extreme_eigenvalues
 from .aid import AID
 from .bamm import BAMM
 from .counts import Counts
-from .lower_level import lower_level
+from .lower_choice import lower_level
 from .lv_hba import LVHBA
 from .meha import MEHA
 from .method import Method
@@ -122,7 +122,8 @@ def _curvature(hessian: LinearOperator) -> tuple[float, float, int]:
         return float(values[-1]), float(values[0]), hessian.shape[-1]
     if not hessian.symmetric:  # an operator of conditions: too large for its matrix, and the adjoint solve tells
         return 1.0, 1.0, 0
-    seen = extreme_eigenvalues(hessian, steps=min(_LANCZOS, hessian.shape[-1]), rtol=0.1)
+    generator = torch.Generator(hessian.device).manual_seed(0)  # ranks must take the same products
+    seen = extreme_eigenvalues(hessian, steps=min(_LANCZOS, hessian.shape[-1]), rtol=0.1, generator=generator)
     return float(seen.lowest), max(abs(float(seen.lowest)), abs(float(seen.highest))), seen.products
 
 

@@ -13,7 +13,7 @@ from nestopt.linalg.result import all_finite
 
 from .certificate import Certificate, Constants, certify
 from .inverses import MinimumNormInverse, NamedInverse, advised, inverse_name
-from .lower_level import LowerLevel, lower_level
+from .lower_choice import LowerLevel, lower_level
 from .optimality import Optimality
 from .point_solver import PointSolver
 from .problem import Linearization, Problem, Spaces

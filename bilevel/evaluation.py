@@ -14,7 +14,7 @@ from nestopt.linalg.result import all_finite
 
 from .counts import Counts
 from .estimate import solve_adjoint
-from .lower_level import LowerLevel, LowerSolver, lower_level
+from .lower_choice import LowerLevel, LowerSolver, lower_level
 from .optimality import Optimality
 from .problem import Linearization, Problem, Spaces
 

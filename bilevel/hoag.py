@@ -12,7 +12,7 @@ from nestopt.linalg import CG, GMRES, Recycled, Stopping
 
 from .assumptions import Assumptions
 from .implicit_method import Accuracy, ImplicitMethod, ImplicitState
-from .lower_level import LowerSolver
+from .lower_choice import LowerSolver
 from .upper_step import StepState, UpperStep
 
 __all__ = ["HOAG", "Geometric", "LipschitzStep", "Polynomial", "ToleranceSchedule"]

@@ -15,7 +15,7 @@ from .assumptions import require
 from .counts import Counts
 from .evaluation import Evaluation, Evaluator
 from .inverses import inverse_name
-from .lower_level import LowerSolver, lower_level
+from .lower_choice import LowerSolver, lower_level
 from .method import Method, MethodState
 from .problem import Problem, Spaces
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep

@@ -92,8 +92,11 @@ class MinimumNormInverse(NamedInverse):
         found = inner(A, b)
         r = A.residual(found.x, b)
         back = A.T @ r
-        size = [torch.linalg.vector_norm(A @ v, dim=-1) / torch.linalg.vector_norm(v, dim=-1) for v in (found.x, back)]
-        largest = torch.stack(size).nan_to_num(0.0).amax(0)  # a zero vector says nothing of the norm
+        sizes = []
+        for v in (found.x, back):
+            norm = torch.linalg.vector_norm(v, dim=-1)  # a zero vector says nothing of |H|
+            sizes.append(torch.where(norm == 0, 0, torch.linalg.vector_norm(A @ v, dim=-1) / norm))
+        largest = torch.stack(sizes).amax(0)
         error = torch.linalg.vector_norm(back, dim=-1) / torch.where(largest > 0, largest, 1)
         return _solution(found.x, error, tolerance, found.products + 4)
 

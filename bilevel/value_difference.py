@@ -14,7 +14,7 @@ from nestopt.linalg.result import all_finite
 from .assumptions import Assumptions, require
 from .counts import Counts
 from .lipschitz import largest_curvature
-from .lower_level import LowerSolver
+from .lower_choice import LowerSolver
 from .method import Method, MethodState
 from .oracle import Oracle
 from .penalty import penalty_tolerance

@@ -12,7 +12,7 @@ from nestopt.linalg import Status
 from nestopt.linalg.result import all_finite
 
 from .counts import Counts
-from .lower_level import SmoothLevel, lower_level
+from .lower_choice import SmoothLevel, lower_level
 from .oracle import Oracle
 from .problem import Problem
 from .quasi_newton import CompactLBFGS, CompactState, Pairs

@@ -57,6 +57,7 @@ def test_penalties_of_every_weight_cost_little(example, tmp_path, capsys):
     assert drawn(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_meta_learnt_features_serve_new_tasks(example, tmp_path, capsys):
     module = example("meta_learning")
     module.main(tmp_path / "figure.png", quick=True)
@@ -74,6 +75,7 @@ def test_unrolled_hypergradients_approach_the_implicit_one(example):
     assert differences[2] < 1e-4  # the implicit one stands at heads solved to a tenth of that
 
 
+@pytest.mark.slow
 def test_every_family_finds_wrong_labels(example, tmp_path, capsys):
     module = example("hyper_cleaning")
     runs, wrong = module.compare(quick=True)
@@ -82,6 +84,7 @@ def test_every_family_finds_wrong_labels(example, tmp_path, capsys):
     assert drawn(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_sparse_penalties_are_learnt(example, tmp_path):
     module = example("sparse_penalties")
     best, runs = module.compare(quick=True)
@@ -90,6 +93,7 @@ def test_sparse_penalties_are_learnt(example, tmp_path):
     assert drawn(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_coupled_machines_keep_their_constraints(example, tmp_path):
     module = example("coupled_svm")
     runs, X, t = module.compare(quick=True)
@@ -101,6 +105,7 @@ def test_coupled_machines_keep_their_constraints(example, tmp_path):
     assert drawn(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 def test_a_learnt_schedule_beats_the_best_constant_rate(example, tmp_path, capsys):
     module = example("learning_rate_schedule")
     learnt = module.learn(quick=True)

@@ -112,12 +112,12 @@ def data_parallel(rank, size):
     hg = bilevel.hypergradient(shared, START["x"], START["y"], data=mine)
     same(hg.value, bilevel.hypergradient(problem, START["x"], START["y"], data=whole).value)
     # what must be refused
-    raises(ValueError, "x differs between the ranks", lambda: bilevel.solve(
+    raises(ValueError, "x differs between the ranks", lambda: bilevel.AID()(
         bilevel.data_parallel(problem), START["x"] + rank, START["y"], data=bilevel.Shards(source)))  # fmt: skip
     few = bilevel.Shards(lambda k: (X[:1], T[:1]))
     raises(ValueError, "1 samples cannot be shared by 2 ranks", lambda: few(0))
     poisoned = lambda k: (X * (float("nan") if rank else 1.0), T)  # noqa: E731
-    lost = bilevel.solve(shared, START["x"], START["y"], data=poisoned)
+    lost = bilevel.solve(shared, START["x"], START["y"], bilevel.AID(), data=poisoned)
     assert lost.status.name == "NON_FINITE", lost.status  # on every rank
 
 

@@ -1,10 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 from laws_bilevel import vector
@@ -12,60 +5,6 @@ from problems import quadratic
 
 from nestopt import bilevel
 from nestopt.linalg import Status, Stopping
-
-# The runs are processes of their own, forked from one that has only imported: the imports are most of their time.
-SCRIPT = """
-    import os, signal, sys, traceback
-    import torch
-    from problems import quadratic
-    from nestopt import bilevel, linalg
-
-    torch.set_num_threads(1)
-
-    def run(path, method, kill_at):
-        case = quadratic(40, 12, 1e3)
-        noise = lambda: 1e-9 * torch.rand((), dtype=torch.float64)  # draws from the global generator
-        problem = bilevel.Problem(lambda x, y: case.problem.upper(x, y) + noise(), case.problem.lower)
-
-        def die(k, state):
-            if int(state.iterations) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        torch.manual_seed(3)
-        stopping = linalg.Stopping(rtol=1e-12, max_iter=15)
-        callbacks = [bilevel.Checkpoint(path, every=2), die]
-        res = bilevel.solve(problem, case.x0, case.y0, method(stopping=stopping), callbacks=callbacks)
-        torch.save([res.x, res.y, torch.tensor([r["value"] for r in res.history])], path + ".answer")
-
-    method = getattr(bilevel, sys.argv[1])
-    for path, kill_at in zip(sys.argv[2::2], sys.argv[3::2]):
-        child = os.fork()
-        if not child:
-            try:
-                run(path, method, int(kill_at))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(code, os.path.exists(path + ".answer"), flush=True)
-"""
-
-
-@pytest.mark.parametrize("method", ["AID", "HOAG"])
-def test_resume_after_kill_is_bit_exact(tmp_path, method):
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # a process with threads must not fork
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    command = [sys.executable, str(script), method, whole, "-1", killed, "9", killed, "-1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ends = [line.split() for line in done.stdout.splitlines()]
-    assert ends == [["0", "True"], [str(-signal.SIGKILL), "False"], ["0", "True"]], done.stderr
-    for a, b in zip(torch.load(tmp_path / "whole.answer"), torch.load(tmp_path / "killed.answer"), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_checkpoint_refuses_another_run(tmp_path):

@@ -1,5 +1,7 @@
 """solve without a method: what is chosen, why, and that it reaches the answer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from laws_bilevel import relative, vector
@@ -90,6 +92,10 @@ def test_a_lower_level_that_cannot_be_solved_is_left_to_its_status():
     res = bilevel.solve(problem, torch.zeros(2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE))
     assert res.status.name == "INFEASIBLE"
     assert "INFEASIBLE" in res.reason
+
+
+def test_the_table_of_methods_is_the_readme_s():
+    assert str(bilevel.methods()) in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_methods():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nestopt import bilevel
-from nestopt.bilevel.lower_level import lower_level
+from nestopt.bilevel.lower_choice import lower_level
 from nestopt.bilevel.problem import Linearization, Spaces
 from nestopt.implicit import NewtonCG
 from nestopt.linalg import Stopping

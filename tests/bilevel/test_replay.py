@@ -90,6 +90,7 @@ def test_memory_is_bounded():
     assert most <= 2 + 1 + math.ceil(math.log2(32))
 
 
+@pytest.mark.slow
 def test_a_long_run():
     """2000 steps: the metagradient of a schedule, in few states, agrees with a difference of the whole training."""
     problem, y0, data = training()
