@@ -122,8 +122,7 @@ def _curvature(hessian: LinearOperator) -> tuple[float, float, int]:
         return float(values[-1]), float(values[0]), hessian.shape[-1]
     if not hessian.symmetric:  # an operator of conditions: too large for its matrix, and the adjoint solve tells
         return 1.0, 1.0, 0
-    generator = torch.Generator(hessian.device).manual_seed(0)  # ranks must take the same products
-    seen = extreme_eigenvalues(hessian, steps=min(_LANCZOS, hessian.shape[-1]), rtol=0.1, generator=generator)
+    seen = extreme_eigenvalues(hessian, steps=min(_LANCZOS, hessian.shape[-1]), rtol=0.1)
     return float(seen.lowest), max(abs(float(seen.lowest)), abs(float(seen.highest))), seen.products
 
 
@@ -144,7 +143,11 @@ def _same(a: Any, b: Any) -> bool:
         return a.complete and b.complete
     left, left_tree = optree.tree_flatten(a, none_is_leaf=True)
     right, right_tree = optree.tree_flatten(b, none_is_leaf=True)
-    return left_tree == right_tree and all(
-        p is q or (isinstance(p, Tensor) and isinstance(q, Tensor) and p.shape == q.shape and bool((p == q).all()))
-        for p, q in zip(left, right, strict=True)
-    )
+    return left_tree == right_tree and all(p is q or _equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+def _equal(p: Any, q: Any) -> bool:
+    """Of two tensors, with NaN equal to itself: a NaN in one process's data must not change what that process does."""
+    if not (isinstance(p, Tensor) and isinstance(q, Tensor) and p.shape == q.shape and p.dtype == q.dtype):
+        return False
+    return bool(((p == q) | ((p != p) & (q != q))).all())

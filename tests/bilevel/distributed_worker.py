@@ -117,7 +117,7 @@ def data_parallel(rank, size):
     few = bilevel.Shards(lambda k: (X[:1], T[:1]))
     raises(ValueError, "1 samples cannot be shared by 2 ranks", lambda: few(0))
     poisoned = lambda k: (X * (float("nan") if rank else 1.0), T)  # noqa: E731
-    lost = bilevel.solve(shared, START["x"], START["y"], bilevel.AID(), data=poisoned)
+    lost = bilevel.solve(shared, START["x"], START["y"], data=poisoned)
     assert lost.status.name == "NON_FINITE", lost.status  # on every rank
 
 

@@ -77,7 +77,8 @@ def test_minibatches_change_the_choice():
     assert type(free.method).__name__ == "SOBA"
     full = choose(problem, x0, y0, bilevel.Batches((X, t), batch_size=None))
     same = choose(problem, x0, y0, lambda k: (X, t))
-    assert type(full.method) is type(same.method) is bilevel.AID
+    broken = choose(problem, x0, y0, lambda k: (X, t * torch.nan))
+    assert type(full.method) is type(same.method) is type(broken.method) is bilevel.AID
     constrained = bilevel.Problem(problem.upper, problem.lower, equality=lambda x, y, d: (y.sum() - 1)[None])
     with pytest.raises(ValueError, match="data change from step to step"):
         choose(constrained, x0, y0, bilevel.Batches((X, t), batch_size=8))

@@ -60,6 +60,7 @@ def test_unbiased_on_quadratics(cls, orthogonal):
     assert float(error.norm()) < 0.1 * float(truth.norm())  # the test can tell a wrong estimate
 
 
+@pytest.mark.slow
 def test_the_variance_of_es_single_does_not_grow_with_the_truncations():
     case, variances = quadratic(4, 3), {}
     for cls in (bilevel.PES, bilevel.ESSingle):

@@ -238,6 +238,7 @@ def test_autocast_lowers_first_derivatives_alone():
         made(vision, autocast=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_their_mean_with_one_graph_at_a_time():
     whole = made(MODELS["perceptron"])
     parts = made(MODELS["perceptron"], micro_batch=5)  # 5, 5 and 2 samples

@@ -22,6 +22,7 @@ def test_known_answers(solver, case):
     check_method(bilevel.AID(lower_solver=solver), case, 1e-7)
 
 
+@pytest.mark.slow
 def test_sophia_finds_the_answer():
     case = quadratic(5, 3)
     method = bilevel.AID(lower_solver=implicit.Sophia(momentum=0.8), stopping=Stopping(rtol=1e-6, max_iter=100))

@@ -61,6 +61,7 @@ def scalar():
     )
 
 
+@pytest.mark.slow
 def test_f_is_divided_by_the_penalty_and_not_multiplied():
     """The fixed point of the published update: F / c leads to x*, c F to the minimiser of F over both variables."""
     F, f, zero = scalar()

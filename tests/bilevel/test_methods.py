@@ -235,6 +235,7 @@ def test_float32_converges_to_its_own_tolerance():
     assert relative(res.x, case.x_star) < 1e-3
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_outer_steps():
     case = quadratic(2, 1, 1.0)  # one inner step a solve: what is kept from step to step is that of any size
     method = bilevel.AID(upper_step=bilevel.ConstantStep(1e-6), stopping=Stopping(rtol=0.0, max_iter=1000))

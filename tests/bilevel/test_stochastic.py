@@ -302,6 +302,7 @@ def test_bsvrb_moves_the_drawn_blocks_alone():
         state = moved
 
 
+@pytest.mark.slow
 def test_bsvrb_reaches_the_answer_of_all_blocks():
     problem, lower, upper, start = block_problem()
     truth = bilevel.AID()(problem, *start, data=lambda k: bilevel.Batch(upper=upper, lower=lower))
