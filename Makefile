@@ -49,11 +49,11 @@ help:  ## this list
 demo: .venv/.installed  ## learn the hyperparameters of two models on real data
 	@$(RUN) examples/hyperparameter_optimization.py
 
-test: .venv/.installed  ## the tests and the doctests, on two cores, but for the slow ones
-	@$(RUN) -m pytest -q -n 2 -m 'not slow' $(ARGS)
+test: .venv/.installed  ## the tests, on two cores, but for the slow ones (the doctests: make lint)
+	@$(RUN) -m pytest -q -n 2 -m 'not slow' tests $(ARGS)
 
 slow: .venv/.installed  ## the slow tests
-	@$(RUN) -m pytest -q -n 2 -m slow $(ARGS)
+	@$(RUN) -m pytest -q -n 2 -m slow tests $(ARGS)
 
 lint: .venv/.installed  ## ruff, mypy --strict and the doctests
 	@$(RUN) -m ruff check .
@@ -62,7 +62,7 @@ lint: .venv/.installed  ## ruff, mypy --strict and the doctests
 	@$(MAKE) --no-print-directory doctest
 
 doctest: .venv/.installed  ## the examples in docstrings
-	@$(RUN) -m pytest -q src/nestopt
+	@$(RUN) -m pytest -q -n 2 src/nestopt
 
 layers: .venv/.installed  ## the imports point one way: linalg <- implicit <- constrained <- bilevel
 	@$(RUN) -m pytest -q tests/test_layers.py
@@ -83,7 +83,8 @@ bench:  ## list the benchmarks and how to run one
 	@for file in benchmarks/*.py; do if [ -e "$$file" ]; then echo "  .venv/bin/python $$file"; fi; done
 
 # The sdist's wheel equals the tree's; it is installed into an empty environment with the oldest versions that
-# pyproject.toml admits and PyPI's `implicit`; the tests run in a folder that holds none of the library's source.
+# pyproject.toml admits and PyPI's `implicit`; the tests, but for the laws over lists of instances, which see the same
+# code in `make test`, run in a folder that holds none of the library's source.
 wheel-test: pyproject.toml constraints.txt constraints-floor.txt  ## the tests against the wheel, in a clean environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nestopt needs Python 3.11 or newer: make PYTHON=...")'
 	@set -e; root=$$(mktemp -d); trap 'rm -rf "$$root"' EXIT; \
@@ -106,7 +107,7 @@ wheel-test: pyproject.toml constraints.txt constraints-floor.txt  ## the tests a
 	"$$python" -m pip check; \
 	(cd "$$root/empty" && "$$python" -c 'import implicit, nestopt.implicit as ours; assert implicit.als and implicit is not ours; assert "site-packages" in ours.__file__, ours.__file__'); \
 	for item in tests examples benchmarks *.md *.toml *.txt; do if [ -e "$$item" ]; then cp -R "$$item" "$$root/checks"; fi; done; \
-	cd "$$root/checks"; "$$python" -P -m pytest -q -n 2 -m 'not slow' -o pythonpath= -o testpaths=tests $(ARGS)
+	cd "$$root/checks"; "$$python" -P -m pytest -q -n 2 -m 'not slow' -k 'not duty and not laws and not needs_no_tuning' -o pythonpath= -o testpaths=tests $(ARGS)
 
 clean:  ## remove what builds and checks left (.venv stays)
 	@rm -rf build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info docs/_build docs/gallery

@@ -278,5 +278,6 @@ LONG = [PROGRAMS[2], replace(PROGRAMS[5], options={"regularization": 0.1}), FORM
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.slow
 def test_memory_over_1000_steps(case, generator):
     check_memory(case, generator, steps=1000)

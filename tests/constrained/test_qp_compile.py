@@ -65,10 +65,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(("options", "batch"), [*((name, (4,)) for name in OPTIONS), ("bounds", ()), ("mean", (2, 3))])
+@pytest.mark.slow
 def test_all_gradients_are_those_of_eager(options, batch, generator):
     same(lambda *t: numbers(solve_qp(*t, **OPTIONS[options])), data(generator, batch=batch))
 
 
+@pytest.mark.slow
 def test_batched_matrices_and_float32(generator):
     same(lambda *t: numbers(solve_qp(*t)), data(generator, shared="A"))
     same(lambda *t: numbers(solve_qp(*t)), data(generator, torch.float32), tolerance=2e-4)
@@ -94,6 +96,7 @@ def test_a_single_field(field, generator):
     same(lambda *t: getattr(solve_qp(*t), field).sin().sum(), data(generator))
 
 
+@pytest.mark.slow
 def test_weakly_active_rows_follow_the_policy():
     """min (x - t)^2/2 with x <= 0 at t = 0: the derivative is 1, 0 or their mean."""
     eye = torch.eye(1, dtype=D)
@@ -104,6 +107,7 @@ def test_weakly_active_rows_follow_the_policy():
         assert abs(float(found) - slope) < 1e-9, policy
 
 
+@pytest.mark.slow
 def test_other_numbers_and_sizes_compile_once_more_at_most(generator):
     """How many rows are active is data: no graph depends on it."""
     model = Model()
@@ -142,6 +146,7 @@ def test_a_layer_breaks_no_graph_of_a_model(generator):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_a_result_leaves_the_graph_whole(generator):
     """Its fields and properties are those of eager; numbers of a single program are 0-d tensors."""
     inputs = data(generator)
@@ -178,6 +183,7 @@ def failing(on_failure):
     return x, q, h
 
 
+@pytest.mark.slow
 def test_what_failed_is_said_inside_the_graph_too():
     x, q, h = failing("raise")
     found = whole(x)(q, h)
@@ -196,6 +202,7 @@ def test_what_failed_is_said_inside_the_graph_too():
     torch.testing.assert_close(q.grad[0], -torch.ones(2, dtype=D))
 
 
+@pytest.mark.slow
 def test_a_failed_item_poisons_no_shared_gradient():
     _, q, h = failing("nan")
     shared = torch.eye(2, dtype=D, requires_grad=True)
@@ -211,6 +218,7 @@ def test_a_failed_item_poisons_no_shared_gradient():
         torch.testing.assert_close(found, torch.ones(2, 2, dtype=D))
 
 
+@pytest.mark.slow
 def test_absent_rows_get_no_gradient():
     h = torch.tensor([-1.0, torch.inf], dtype=D, requires_grad=True)
     eye = torch.eye(2, dtype=D)

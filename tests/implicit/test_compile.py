@@ -67,6 +67,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
 def test_a_model_with_a_layer(name, generator):
     """Other numbers, and other batch sizes once the compiler knows that they change, compile nothing anew."""
     model = Model(LAYERS[name]())
@@ -83,6 +84,7 @@ def test_a_model_with_a_layer(name, generator):
     assert seen[-1] == seen[2] <= 4  # the second batch size makes the graphs general
 
 
+@pytest.mark.slow
 def test_functions_made_anew_at_every_call(generator):
     """A lambda of this call, tensors of this call: neither is guarded."""
     W = 0.2 * torch.randn(3, 3, generator=generator, dtype=D)

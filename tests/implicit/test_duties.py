@@ -182,5 +182,6 @@ def test_the_example_is_not_symmetric(case, generator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[1:2], ids=str)  # root with LU: test_memory.py, with a monitor and a warm start
+@pytest.mark.slow
 def test_memory_over_1000_steps(case, generator):
     check_memory(case, generator, steps=1000)

@@ -353,6 +353,7 @@ def test_the_layer_takes_a_batched_minimiser(generator):
     assert torch.allclose(y, 2 / 3 * x, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_graph_example(tmp_path, capsys):
     """A contraction by construction: certified at every step, and better than the same network without the graph."""
     path = Path(__file__).parents[2] / "examples" / "graph_equilibrium.py"

@@ -81,6 +81,7 @@ def test_a_graph_that_raised_is_freed(parameters):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_memory_is_flat_over_1000_steps(parameters):
     W, b = parameters
     optimizer = torch.optim.SGD(parameters, lr=1e-4)

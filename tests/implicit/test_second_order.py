@@ -167,6 +167,7 @@ def test_ritz_pairs_are_eigenpairs_when_the_space_is_whole() -> None:
     assert float((vectors @ vectors.T - torch.eye(4, dtype=DOUBLE)).norm()) <= 1e-12
 
 
+@pytest.mark.slow
 def test_fosi_takes_outliers_away() -> None:
     case = quadratic((*torch.linspace(1, 3, 40).tolist(), 1e3, 2e3, 3e3, 4e3))
     f, y0 = case.objective(DOUBLE), case.start(DOUBLE)
