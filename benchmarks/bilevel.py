@@ -4,7 +4,8 @@ The problems and their answers are those of tests/problems.py. Where an answer i
 distance of x to it (of F, where minimisers are not unique); elsewhere it is the closed form's hypergradient at x,
 relative to the one at the start.
 
-Run: python benchmarks/bilevel.py [--quick] [--methods AID MEHA ...] [--problems quadratic ...] [--output FILE.json]
+Run: python benchmarks/bilevel.py [--quick] [--limit SECONDS] [--methods AID MEHA ...] [--problems quadratic ...]
+     [--output FILE.json]; --join FILE.json ... puts the rows of earlier runs together.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ def suits(method: type[bilevel.Method], case: Answered) -> bool:
     return all(getattr(asked, part) for part in present) and (case.unique or not asked.unique)
 
 
-def measure(method: type[bilevel.Method], case: Answered) -> dict[str, Any]:
-    """One run with the method's defaults, and its path."""
+def measure(method: type[bilevel.Method], case: Answered, limit: float) -> dict[str, Any]:
+    """One run with the method's defaults, ended as STOPPED after `limit` seconds, and its path."""
     path: list[dict[str, float]] = []
     begun, outside = time.perf_counter(), 0.0
 
-    def watch(_: int, state: Any) -> None:
+    def watch(_: int, state: Any) -> bool:
         nonlocal outside
         now = time.perf_counter()
         if not path or int(state.iterations) >= 1.02 * path[-1]["iteration"] + 1:
@@ -78,6 +79,7 @@ def measure(method: type[bilevel.Method], case: Answered) -> dict[str, Any]:
                 }
             )
         outside += time.perf_counter() - now
+        return now - begun - outside > limit
 
     result = bilevel.solve(case.problem, case.x0, case.y0, method(), callbacks=[watch])
     counts = result.counts
@@ -126,14 +128,25 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     figure.savefig(output, dpi=110)
 
 
+def write(rows: list[dict[str, Any]], environment: dict[str, Any], output: Path) -> None:
+    output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    draw(rows, output.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    names = sorted(row["method"] for row in bilevel.methods())
+    names = sorted(row["method"] for row in bilevel.methods() if not row["batched"])
     parser.add_argument("--quick", action="store_true", help="two problems of each group")
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--problems", nargs="+", default=[""], help="beginnings of problems' names")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds a run")
+    parser.add_argument("--join", nargs="+", type=Path, help="draw and write the rows of these files, run nothing")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "bilevel.json")
     options = parser.parse_args()
+    if options.join is not None:
+        parts = [json.loads(file.read_text()) for file in options.join]
+        write([row for part in parts for row in part["rows"]], parts[0]["environment"], options.output)
+        return
     torch.set_num_threads(1)
     print(ROW.format("method", "problem", "status", "error", "certified", "seconds", "steps", "grads", "products"))
     rows = []
@@ -144,7 +157,7 @@ def main() -> None:
                 if not suits(method, case) or not case.name.startswith(tuple(options.problems)):
                     continue
                 try:
-                    found = measure(method, case)
+                    found = measure(method, case, options.limit)
                 except Exception as problem:
                     found = {"status": type(problem).__name__, "message": str(problem), "path": []}
                 rows.append({"method": name, "group": group, "problem": case.name, **found})
@@ -153,8 +166,7 @@ def main() -> None:
                 seconds = f"{found.get('seconds', 0.0):.2f}"
                 head = (name, case.name[:44], found["status"])
                 print(ROW.format(*head, *(f"{figure:.1e}" for figure in figures), seconds, *counts), flush=True)
-    options.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-    draw(rows, options.output.with_suffix(".png"))
+    write(rows, environment(), options.output)
 
 
 if __name__ == "__main__":

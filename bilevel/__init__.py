@@ -7,9 +7,10 @@ from .bamm import BAMM
 from .batched_aid import BatchedAID, BatchedAIDResult
 from .bda import BDA
 from .blocc import BLOCC
+from .block_batches import BlockBatches, BlockDraw
 from .bmg import BMG
 from .bome import BOME
-from .bsvrb import BSVRB, BlockBatches, BlockDraw
+from .bsvrb import BSVRB
 from .bvfsm import BVFSM
 from .callbacks import Callback, Checkpoint, EarlyStopping, History, ProgressBar
 from .certificate import Certificate, Constants

@@ -8,11 +8,16 @@ from typing import ClassVar
 from nestopt.linalg import LinearSolver, Stopping
 
 from .assumptions import Assumptions
-from .implicit_method import Accuracy, ImplicitMethod, ImplicitState, upper_tolerance
+from .implicit_method import REJECTIONS, Accuracy, ImplicitMethod, ImplicitState, upper_tolerance
 from .lower_choice import LowerSolver
 from .upper_step import UpperStep
 
 __all__ = ["AID", "upper_tolerance"]
+
+_FIRST = 1e-3  # what the first solves have to gain on (x0, y0)
+_FORCING = 0.1  # what a solve has to gain on its warm start
+
+_AGREE, _DOUBT = 0.05, 0.2  # how far values and hypergradients may differ over a step
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,18 @@ class AID(ImplicitMethod):
 
     One step: try x+ = P_X(x + size * d), d = -g or a quasi-Newton direction; solve min f(x+, .) from the last y; if the
     upper step rule takes F(x+, y+), solve H v = F_y from the last v and set g+ = F_x - f_xy v; else stay at x and try a
-    smaller size. Lower levels are solved to a tenth of the run's tolerance, so nothing but the upper step limits the
-    accuracy. A lower level with a set, a prox or constraints is solved by `CompositeLevel` or `ProgramLevel`, and its
+    smaller size.
+
+    Where NewtonCG() solves a smooth lower level and the rule searches along a line (the defaults do), both solves need
+    only bring the residual at their warm start down to eta times it, eta <= 0.1: as steps shrink, so do the errors.
+    What the rule compares is F - v'f_y, which has the lower solver's error to second order only. eta is divided by ten
+    where the values and the hypergradients at both ends of a step disagree by more than 20 % of the trapezoidal rule,
+    or a trial is rejected, and grows fourfold where they agree to 5 %; after three rejected trials x itself is
+    evaluated anew to a tenth of the run's tolerance, and so is a point at which the run is to end: nothing but the
+    upper step limits the accuracy of the answer. (x0, y0) is solved to 1e-3, or on, where |v'f_y| is
+    above 1 % of F. Other rules and solvers, and runs without warm starts, solve everything to a tenth of the tolerance.
+
+    A lower level with a set, a prox or constraints is solved by `CompositeLevel` or `ProgramLevel`, and its
     optimality conditions R(x, z) = 0 (see `Optimality`) take the place of f_y = 0: R_z'v = F_z, g+ = F_x - R_x'v. phi
     then has kinks where rows become active; a run that would end in one has to be stopped by max_iter.
 
@@ -33,7 +48,7 @@ class AID(ImplicitMethod):
     INFEASIBLE.
 
     Cost of a step: one lower solve, one gradient of F, one of f with a graph, and, when accepted, the products of the
-    adjoint solve plus one.
+    adjoint solve plus one. A linear_solver that is given keeps its own tolerances.
 
     Args:
         upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set, which need no tuning;
@@ -52,7 +67,7 @@ class AID(ImplicitMethod):
             two converge to different answers (Vicol et al. 2022).
 
     Reference:
-        Pedregosa 2016, algorithm 1 with exact inner solves; Ji, Yang & Liang 2021 (AID-BiO).
+        Pedregosa 2016, algorithm 1; Ji, Yang & Liang 2021 (AID-BiO); Dembo, Eisenstat & Steihaug 1982 for eta.
 
     Example:
         >>> import torch
@@ -76,6 +91,15 @@ class AID(ImplicitMethod):
     )
 
     def _accuracy(self, s: ImplicitState | None, k: int, scale: float) -> Accuracy:
-        if s is None:
-            return Accuracy(None)
-        return Accuracy(0.1 * float(s.tolerance), None, float(s.tolerance))
+        if s is None:  # where no step follows, the start is the answer
+            return Accuracy(None, forcing=_FIRST if self.stopping.max_iter else 0.0)
+        forcing = _FORCING * s.tightening if s.rejected < REJECTIONS else 0.0
+        return Accuracy(0.1 * float(s.tolerance), None, float(s.tolerance), forcing)
+
+    def _tightened(self, tightening: float, rise: float | None = None, slopes: float = 0.0) -> float:
+        # values have their error to second order, hypergradients to first: where both say the same of a step, solves
+        # may be loose, and where they do not, it is these errors or a step too long for the trapezoidal rule
+        if rise is None:
+            return 0.1 * tightening
+        off = abs(rise - slopes) / max(abs(rise), abs(slopes), 1e-300)
+        return min(1.0, 4 * tightening) if off <= _AGREE else tightening if off <= _DOUBT else 0.1 * tightening

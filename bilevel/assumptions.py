@@ -18,6 +18,11 @@ _FEATURES = {
     "equality": "equality constraints",
 }
 
+_SECOND_STAGE = (
+    "(1) where the lower level has a set, a prox or constraints, the default second stage `ValueDifference()` takes "
+    "products; `debias=None` takes none."
+)
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -32,8 +37,9 @@ class Assumptions:
         inequality: whether the lower level may have constraints g(x, y) <= 0.
         equality: whether it may have h(x, y) = 0.
         unique: whether f_yy must be positive definite at y*(x) (or, under constraints, on their tangent space).
-        products: whether it takes products with second derivatives.
+        products: whether it takes products with second derivatives, also where the lower level is smooth.
         stochastic: whether it converges on minibatches.
+        batched: whether x and y lead with a batch of independent problems, which it solves at once.
     """
 
     family: str
@@ -46,6 +52,7 @@ class Assumptions:
     unique: bool = True
     products: bool = False
     stochastic: bool = False
+    batched: bool = False
 
 
 def require(method: Any, problem: Problem) -> None:
@@ -61,7 +68,8 @@ def require(method: Any, problem: Problem) -> None:
     present = [name for name in _FEATURES if getattr(problem, name) is not None]
     refused = [name for name in present if not getattr(method.assumptions, name)]
     if refused:
-        able = [cls.__name__ for cls in _classes() if all(getattr(cls.assumptions, name) for name in present)]
+        single = [cls for cls in _classes() if not cls.assumptions.batched]
+        able = [cls.__name__ for cls in single if all(getattr(cls.assumptions, name) for name in present)]
         advice = f"use {' or '.join(f'bilevel.{name}()' for name in able)}" if able else "no method takes all of it"
         raise ValueError(
             f"{type(method).__name__} does not take {' and '.join(_FEATURES[name] for name in refused)}, but the "
@@ -70,7 +78,7 @@ def require(method: Any, problem: Problem) -> None:
 
 
 class MethodTable(list[dict[str, Any]]):
-    """One dict a method: its name and the fields of its Assumptions; printed as a Markdown table."""
+    """One dict a method: its name and the fields of its Assumptions; printed as a Markdown table with a footnote."""
 
     def __str__(self) -> str:
         heads = "method | family | upper set | lower level | constraints | lower solution | uses | data | paper"
@@ -85,12 +93,12 @@ class MethodTable(list[dict[str, Any]]):
                 ", ".join(kept),
                 ", ".join(sides),
                 "unique" if row["unique"] else "any",
-                "products" if row["products"] else "gradients",
-                "minibatches" if row["stochastic"] else "all",
+                "products" if row["products"] else f"gradients{' (1)' if kept or sides else ''}",
+                "minibatches" if row["stochastic"] else "all, of a batch of problems" if row["batched"] else "all",
                 row["reference"],
             )
             rows.append("| " + " | ".join(cells) + " |")
-        return "\n".join(rows)
+        return "\n".join([*rows, "", _SECOND_STAGE])
 
 
 def methods() -> MethodTable:

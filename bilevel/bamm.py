@@ -63,13 +63,13 @@ class BAMM(SingleLoop):
     Example:
         >>> import torch
         >>> from nestopt import bilevel
-        >>> problem = bilevel.Problem(  # any y[1] minimises the lower level; the upper one wants y[1] = x
-        ...     upper=lambda x, y: ((x - y[1]) ** 2 + (y[0] - 1) ** 2).sum(), lower=lambda x, y: (y[0] - x) ** 2
+        >>> problem = bilevel.Problem(  # the lower level fixes the sum of y alone; the upper one wants ones
+        ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: (y.sum() - x) ** 2
         ... )
         >>> start = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         >>> res = bilevel.BAMM()(problem, *start)
         >>> res.status.name, round(res.x.item(), 6)
-        ('CONVERGED', 1.0)
+        ('CONVERGED', 2.0)
     """
 
     weight: float = 0.1

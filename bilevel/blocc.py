@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,141 +13,34 @@ from nestopt.linalg import Status, Stopping
 
 from .assumptions import Assumptions
 from .counts import Counts
-from .inner_minimizer import Inner, minimize_inner, row_scales
+from .inner_minimizer import accelerated_dual, row_scales
 from .joint_projection import JointSet
 from .lipschitz import largest_curvature
 from .method import Method, MethodState
-from .oracle import Oracle, Slopes
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
+from .multipliers import MultiplierState, clip_code, probe_rows, refuse_changed_rows
+from .oracle import Oracle
+from .penalty import PenaltyMethod, error_of, refuse_sizes
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
-from .value_difference import ValueDifference, ValueDifferenceState
+from .value_difference import ValueDifference
 
-__all__ = ["BLOCC", "BLOCCState", "Saddle", "accelerated_dual"]
+__all__ = ["BLOCC", "BLOCCState"]
 
-_ROUNDS = 300
+_AT_CLIP = 3  # steps in a row, each with two solved problems, after which a multiplier at its clip ends the run
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLOCCState(PenaltyState):
+class BLOCCState(MultiplierState):
     """Where BLOCC stands: at an accepted x with both max-min problems solved.
 
+    `theta` is y_g, of the lower level alone; `y_vector` is y_F, of the penalised one, and `multiplier` belongs to it.
+
     Attributes:
-        theta: y_g, of the lower level alone; `y_vector` is y_F, of the penalised one.
-        theta_dual: its multipliers, scaled.
-        multiplier: those of y_F.
-        penalty: gamma.
-        curvature: Lipschitz constant of the inner gradients.
-        scales: the constraints' factors.
-        inequalities: how many rows are.
+        theta_dual: multipliers of theta, scaled.
         hypergradient: of the penalised objective, raveled.
-        rule: the upper step rule's memory.
     """
 
-    theta: Tensor
     theta_dual: Tensor
-    multiplier: Tensor
-    penalty: Tensor
-    curvature: Tensor
-    scales: Tensor
-    inequalities: int
     hypergradient: Tensor
-    rule: StepState
-
-    @property
-    def dual(self) -> Tensor:
-        """Multipliers of the constraints as the user wrote them, inequalities first, each raveled."""
-        if isinstance(self.second, ValueDifferenceState):
-            return self.second.duals[0 if self.second.one_sided else 1]
-        return self.scales * self.multiplier
-
-    @property
-    def inequality_dual(self) -> Tensor:
-        """Multipliers of g(x, y) <= 0, >= 0."""
-        return self.dual[: self.inequalities]
-
-    @property
-    def equality_dual(self) -> Tensor:
-        """Multipliers of h(x, y) = 0."""
-        return self.dual[self.inequalities :]
-
-
-class Saddle(NamedTuple):
-    """A solved max-min problem.
-
-    Attributes:
-        y: the minimiser.
-        dual: its multipliers, of scaled rows.
-        slopes: of f + weight F + <dual, c> at (x, y).
-        residual: of its conditions: stationarity, feasibility, complementarity.
-        curvature: see `Inner`.
-    """
-
-    y: Tensor
-    dual: Tensor
-    slopes: Slopes
-    residual: Tensor
-    curvature: Tensor
-
-
-def accelerated_dual(
-    oracle: Oracle,
-    scales: Tensor,
-    inequalities: int,
-    x: Tensor,
-    y: Tensor,
-    dual: Tensor,
-    *,
-    weight: float | None,
-    gamma: float,
-    radius: float,
-    curvature: Tensor,
-    tolerance: float,
-) -> Saddle:
-    """Max over mu, min over y in Y of f(x, y) + weight F(x, y) + <mu, c(x, y)> by an accelerated dual.
-
-    The proximal method of multipliers, y+ = argmin f + weight F + augmented term(z) + |. - y|^2 / (2 gamma),
-    mu+ = P_Z(z + c(x, y+)), with Nesterov's momentum on the dual, z = mu+ + t (mu+ - mu), dropped where the residual
-    rises. Without f's strong convexity the dual alone has no gradient; the proximal term gives it one.
-
-    Args:
-        oracle: of the step.
-        scales: of the constraints.
-        inequalities: how many rows are.
-        x: raveled upper variable.
-        y: start.
-        dual: mu to start from.
-        weight: of F, None for none.
-        gamma: proximal parameter.
-        radius: multipliers stay within [0, r], [-r, r] for equalities.
-        curvature: Lipschitz constant to begin with.
-        tolerance: on the residual.
-
-    Returns:
-        The Saddle.
-    """
-
-    def clipped(z: Tensor, c: Tensor) -> Tensor:
-        lam = z + c
-        return torch.cat([lam[:inequalities].clamp(0, radius), lam[inequalities:].clamp(-radius, radius)])
-
-    z, age, last = dual, 0, torch.inf
-    enough = tolerance
-    floor = 100 * torch.finfo(x.dtype).eps
-    for _ in range(_ROUNDS):
-        inner: Inner = minimize_inner(
-            oracle, scales, x, y, y, partial(clipped, z), gamma, 0.95 * curvature, 0.1 * enough, weight
-        )
-        # what is left of the conditions at the new point is what the proximal terms held back
-        parts = (inner.theta - y).norm() / gamma, (inner.multiplier - z).norm(), inner.residual
-        residual = torch.stack(parts).sum()
-        age = age + 1 if bool(residual <= last) else 0
-        momentum = age / (age + 3)
-        z = clipped(inner.multiplier + momentum * (inner.multiplier - dual), torch.zeros_like(z))
-        y, dual, curvature, last = inner.theta, inner.multiplier, inner.curvature, float(residual)
-        if not bool(residual > max(tolerance, floor * float(inner.slopes.value.abs()))):
-            break
-        enough = max(tolerance, 0.1 * last)
-    return Saddle(y, dual, inner.slopes, residual, curvature)
 
 
 @dataclass(frozen=True)
@@ -168,7 +61,8 @@ class BLOCC(PenaltyMethod):
     `error` is the largest of "upper", |P_X(x - phi') - x|, "inner", gamma times the residuals of both max-min
     problems, and "lower", the residual of the lower level's conditions at the returned (y_F, mu_F), which is the
     penalty's bias, all measured; rows scaled; CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol), with the scale
-    at the start. A start from which no point meets all constraints ends as INFEASIBLE.
+    at the start. A start from which no point meets all constraints ends as INFEASIBLE, and a multiplier at its clip for
+    three steps as DIVERGED, with `state.advice`.
 
     Cost of a step: two max-min problems, each tens of gradients of f and the constraints (one of them also of F).
 
@@ -181,7 +75,7 @@ class BLOCC(PenaltyMethod):
         stopping: rtol None is 1e-6 in float64 and 1e-3 in float32.
 
     Raises:
-        ValueError: if penalty or radius is not positive and finite.
+        ValueError: if penalty or radius is not positive and finite; by `init` for data without an upper_step.
 
     Reference:
         Jiang, Shen, Chen & Yang 2024, A primal-dual-assisted penalty approach to bilevel optimization with coupled
@@ -217,8 +111,16 @@ class BLOCC(PenaltyMethod):
         refuse_sizes(self, "penalty", "radius")
 
     def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> BLOCCState:
+        if oracle.data is not None and self.upper_step is None:
+            raise ValueError(
+                "BLOCC: automatic steps compare phi from step to step, which data that change do not allow; give "
+                "upper_step=ConstantStep(size), or put all data into the objectives."
+            )
         count, scales = row_scales(oracle, x, y, self.scale_rows)
-        found = JointSet(oracle, scales, count).feasible(torch.cat([x, y]))
+        joint = JointSet(oracle, scales, count)
+        found = joint.feasible(torch.cat([x, y]))
+        status = found.status
+        assert isinstance(status, Status)
         upper = oracle.upper(x, y)
         shared = self._fields(oracle, x, y, upper)
         zero = torch.zeros_like(scales)
@@ -228,10 +130,11 @@ class BLOCC(PenaltyMethod):
         s = BLOCCState(
             **shared, error=upper.value.new_tensor(torch.inf), theta=y, theta_dual=zero, multiplier=zero,
             penalty=upper.value.new_tensor(self.penalty), curvature=curvature, scales=scales, inequalities=count,
-            hypergradient=upper.x, rule=SpectralStep().start(x, upper.x, upper.value),
+            hypergradient=upper.x, rule=SpectralStep().start(x, upper.x, upper.value), at_clip=torch.tensor(0),
+            probe=probe_rows(joint), conflict=joint.conflict(found) if status is Status.INFEASIBLE else "",
         )  # fmt: skip
-        if found.status != Status.CONVERGED:
-            return replace(s, codes=torch.tensor(found.status.code))
+        if status is not Status.CONVERGED:
+            return replace(s, codes=torch.tensor(status.code))
         if int(s.codes) != Status.RUNNING.code:
             return s
         s, value = self._solve(oracle, s, x, 1e-2 * float(s.scale))
@@ -239,6 +142,8 @@ class BLOCC(PenaltyMethod):
 
     def _advance(self, oracle: Oracle, s: BLOCCState) -> BLOCCState:
         step, x = self._rule(oracle), s.x_vector
+        if oracle.data is not None:
+            refuse_changed_rows("BLOCC", JointSet(oracle, s.scales, s.inequalities), s.probe)
         rest = float(max(s.residuals["upper"], s.residuals["inner"]))
         lower, tolerance = float(s.residuals["lower"]), float(s.tolerance)
         if self.debias is None and lower > tolerance and rest <= max(0.1 * lower, 0.5 * tolerance):
@@ -255,7 +160,8 @@ class BLOCC(PenaltyMethod):
             return replace(new, rule=step.after(s.rule, trial - x, new.hypergradient - s.hypergradient, value))
         rule = step.after(s.rule, trial - x, None, value)
         stuck = float(rule.size * s.hypergradient.norm()) <= torch.finfo(x.dtype).eps * max(1.0, float(x.norm()))
-        return replace(s, rule=rule, codes=torch.tensor((Status.STAGNATED if stuck else Status.RUNNING).code))
+        codes = torch.tensor(Status.STAGNATED.code) if stuck else clip_code(new.at_clip, _AT_CLIP)
+        return replace(s, rule=rule, codes=codes, at_clip=new.at_clip)
 
     def _rule(self, oracle: Oracle) -> UpperStep:
         if self.upper_step is not None:
@@ -269,7 +175,7 @@ class BLOCC(PenaltyMethod):
             accelerated_dual, oracle, s.scales, s.inequalities, x, gamma=max(1.0, gamma), radius=self.radius,
             tolerance=0.1 * enough / gamma,
         )  # fmt: skip
-        lower = solve(s.theta, s.theta_dual, weight=None, curvature=s.curvature)
+        lower = solve(s.theta, s.theta_dual, curvature=s.curvature)
         both = solve(s.y_vector, s.multiplier, weight=1 / gamma, curvature=lower.curvature)
         upper = oracle.upper(x, both.y)
         slope = gamma * (both.slopes.x - lower.slopes.x)
@@ -281,9 +187,11 @@ class BLOCC(PenaltyMethod):
             "inner": gamma * (lower.residual + both.residual),
             "lower": bias,
         }
+        held = [d.abs().amax() >= self.radius for d in (lower.dual, both.dual) if len(d)]
+        at_clip = s.at_clip + 1 if any(held) else torch.zeros_like(s.at_clip)
         new = replace(
             s, x_vector=x, y_vector=both.y, value=upper.value, error=error_of(residuals), residuals=residuals,
             theta=lower.y, theta_dual=lower.dual, multiplier=both.dual, curvature=both.curvature, hypergradient=slope,
-            codes=torch.tensor(Status.RUNNING.code),
+            codes=clip_code(at_clip, _AT_CLIP), at_clip=at_clip,
         )  # fmt: skip
         return new, gamma * (both.slopes.value - lower.slopes.value)

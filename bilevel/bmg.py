@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .assumptions import Assumptions
 from .counts import Counts
+from .inner_path import Forward
 from .inner_steps import InnerSteps, Segment
-from .through_solver import Forward, ThroughSolver
+from .through_solver import ThroughSolver
 
 __all__ = ["BMG"]
 
@@ -29,9 +30,10 @@ class BMG(ThroughSolver):
     be one on F: a target of steps on f alone knows nothing of the upper level, and the match is perfect at every
     y*(x). Where y_K = y*(x) the further inner steps do nothing and, with M = I, g is the hypergradient.
 
-    `error` is the largest of |f_y|, of the cotangent at the first step that was differentiated, and of
-    |P_X(x - g) - x|; CONVERGED means error <= max(rtol (|F_x| + |g - F_x|), atol) with the scale taken at x0. With
-    another metric the answer is where that g vanishes, which is another point unless F_y does.
+    `error` is the largest of |f_y|, of the cotangent at the first step that was differentiated, of "target",
+    |M (y_K - t) / b - F_y|, and of |P_X(x - g) - x|; CONVERGED means error <= max(rtol (|F_x| + |g - F_x|), atol) with
+    the scale taken at x0. With another metric g vanishes at another point, unless F_y does: there "target" stays, and
+    the run ends as STAGNATED.
 
     Cost of an evaluation: `Unrolled`'s, and `bootstrap` gradients.
 
@@ -77,6 +79,10 @@ class BMG(ThroughSolver):
                 f"BMG: bootstrap >= 1 and target_step > 0 (or None) are needed, but got {self.bootstrap} and "
                 f"{self.target_step}."
             )
+
+    @property
+    def _needs_curvature(self) -> bool:
+        return super()._needs_curvature or self.target_step is None
 
     def _terminal(self, steps: InnerSteps, f: Forward) -> tuple[Tensor, Counts]:
         rule, t = f.segments[-1].rule, f.inner

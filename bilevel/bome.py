@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,43 +11,35 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, TwoPoints, Watch, descend
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import TwoPoints, descend, refuse_long_step
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState
 
 __all__ = ["BOME", "BOMEState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOMEState(PenaltyState):
-    """Where BOME stands.
+class BOMEState(WatchedState):
+    """Where BOME stands; its gap is q.
 
     Attributes:
         auxiliary: the point after T descent steps from y, raveled.
         penalty: the multiplier lambda.
         slope: F_x + lambda q_x.
         slope_y: F_y + lambda q_y.
-        gap: q.
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     penalty: Tensor
     slope: Tensor
     slope_y: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class BOME(PenaltyMethod):
+class BOME(WatchedMethod):
     """Dynamic barrier descent on F subject to q(x, y) = f(x, y) - f(x, y_T) <= 0.
 
     One step, with y_T the point after T gradient steps on f(x, .) from y, taken as a constant:
@@ -68,10 +60,10 @@ class BOME(PenaltyMethod):
     Args:
         steps: T, of which the published figures use 10.
         rate: eta, in (0, 1]; 0.5 is the paper's.
-        step_size: a for x and y; None watches.
-        auxiliary_step_size: of the T steps, below 2 / L_f; None watches.
+        step_size: a for x and y, below 2 / L_F, or it is refused; None watches.
+        auxiliary_step_size: of the T steps, below 2 / L_f, or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -100,27 +92,19 @@ class BOME(PenaltyMethod):
     State: ClassVar[type[MethodState]] = BOMEState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Ye et al. 2022", unique=False)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "rate", "step_size", "auxiliary_step_size")
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> BOMEState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = BOMEState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=10 * seen.unit, slope=upper.x,
-            slope_y=upper.y, gap=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
-            watch=Watch.start(oracle, x, y, upper, self.step_size),
-        )  # fmt: skip
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> BOMEState:
+        x, y, seen = shared["x_vector"], shared["y_vector"], shared["upper_curvature"] / shared["lower_curvature"]
+        s = BOMEState(**shared, auxiliary=y, penalty=10 * seen, slope=upper.x, slope_y=upper.y)
+        refuse_long_step(self, "step_size", oracle, lambda v: oracle.upper(x, v).y, y)
+        refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1], y)
         return self._look(oracle, s, x, y)
 
     def _advance(self, oracle: Oracle, s: BOMEState) -> BOMEState:
-        size, size_y, watch = s.watch.size, self._lower_size(s), s.watch
-        if self.step_size is None:
-            lag = s.residuals["auxiliary"] + s.residuals["blend"]
-            size, watch = watch.move(oracle, s.x_vector, s.slope, s.value, s.gap, s.penalty, lag)
+        size, watch = self._size_in_x(oracle, s, s.slope, s.penalty, self.step_size)
+        size_y = self._size_in_y(s)
         x = oracle.project(s.x_vector - size * s.slope)
         return self._look(oracle, replace(s, watch=watch), x, s.y_vector - size_y * s.slope_y)
 
@@ -130,7 +114,8 @@ class BOME(PenaltyMethod):
             oracle, lambda v: oracle.lower_y(x, v)[1], x, y, self.steps, s.lower_curvature, self.auxiliary_step_size
         )
         p = TwoPoints.at(oracle, x, y, below)
-        size, size_y = s.watch.size, self._lower_size(s)
+        size_y = self._size_in_y(s)
+        size = s.watch.size if self.step_size is None else size_y
         along = size * oracle.dot(p.upper.x, p.gap_x) + size_y * oracle.dot(p.upper.y, p.lower.y)
         square = size * oracle.dot(p.gap_x, p.gap_x) + size_y * oracle.dot(p.lower.y, p.lower.y)
         lam = torch.where(square > 0, (self.rate - along / square).clamp_min(0.0), torch.zeros_like(square))
@@ -142,7 +127,7 @@ class BOME(PenaltyMethod):
             value=p.upper.value, residuals=residuals, error=error_of(residuals), lower_curvature=f,
         )  # fmt: skip
 
-    def _lower_size(self, s: BOMEState) -> Tensor:
+    def _size_in_y(self, s: BOMEState) -> Tensor:
         if self.step_size is not None:
-            return s.watch.size
+            return torch.full_like(s.penalty, self.step_size)
         return 1 / (s.upper_curvature + s.penalty * s.lower_curvature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,43 +11,35 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Schedule, TwoPoints, Watch, descend
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Growth, Schedule, TwoPoints, descend, refuse_long_step, schedule_value
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState
 
 __all__ = ["BVFSM", "BVFSMState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BVFSMState(PenaltyState):
-    """Where BVFSM stands.
+class BVFSMState(WatchedState):
+    """Where BVFSM stands; its gap is f(x, y) less the regularised value at z.
 
     Attributes:
         auxiliary: z, raveled.
         slack: mu, what f(x, y) may exceed the regularised value by.
         barrier: sigma.
         slope: F_x + sigma / (slack - gap) (f_x(x, y) - f_x(x, z)).
-        gap: f(x, y) less the regularised value at z.
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     slack: Tensor
     barrier: Tensor
     slope: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class BVFSM(PenaltyMethod):
+class BVFSM(WatchedMethod):
     """Bilevel value-function based sequential minimisation with an interior log barrier.
 
     With r = 1 / c falling to zero, one step is
@@ -73,9 +65,9 @@ class BVFSM(PenaltyMethod):
         penalty: c as a schedule k -> c, or a number, in units of the problem; None for Growth(10.0, power=0.5).
         upper_step_size: s; None for one that doubles, below |dx| / |change of the slope|, and is zero
             while y and z lag.
-        auxiliary_step_size: b, below 2 / L_f; None watches.
+        auxiliary_step_size: b, below 2 / L_f, or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -104,51 +96,36 @@ class BVFSM(PenaltyMethod):
     State: ClassVar[type[MethodState]] = BVFSMState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Liu et al. 2021", unique=False)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "upper_step_size", "auxiliary_step_size")
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> BVFSMState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = BVFSMState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, slack=zero, barrier=zero, slope=upper.x,
-            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
-        )  # fmt: skip
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> BVFSMState:
+        x, y, zero = shared["x_vector"], shared["y_vector"], shared["gap"]
+        s = BVFSMState(**shared, auxiliary=y, slack=zero, barrier=zero, slope=upper.x)
+        refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1], y)
         return self._inner(oracle, s, x, 0)
 
     def _advance(self, oracle: Oracle, s: BVFSMState) -> BVFSMState:
-        if self.upper_step_size is not None:
-            size, watch = s.watch.fixed(self.upper_step_size)
-        else:
-            # slack and barrier move at every step, so that potentials say nothing: the secant alone bounds the size
-            none, lag = torch.zeros_like(s.gap), 0.3 * (s.residuals["auxiliary"] + s.residuals["blend"])
-            size, watch = s.watch.move(oracle, s.x_vector, s.slope, none, none, none, lag)
+        none, parts = torch.zeros_like(s.gap), dict(s.residuals)
+        for name in ("auxiliary", "blend"):
+            parts[name] = 0.3 * parts[name]
+        # slack and barrier move at every step, so that potentials say nothing: the secant alone bounds the size
+        blind = replace(s, value=none, gap=none, residuals=parts)
+        size, watch = self._size_in_x(oracle, blind, s.slope, none, self.upper_step_size)
         x = oracle.project(s.x_vector - size * s.slope)
         return self._inner(oracle, replace(s, watch=watch), x, int(s.iterations) + 1)
 
     def _inner(self, oracle: Oracle, s: BVFSMState, x: Tensor, k: int) -> BVFSMState:
         """The T steps of z, then of y inside the barrier, and what is seen there."""
         F, f = s.upper_curvature, s.lower_curvature
-        c = (
-            10.0 * (k + 1) ** 0.5
-            if self.penalty is None
-            else (float(self.penalty(k)) if callable(self.penalty) else float(self.penalty))
-        )
+        c = schedule_value(self.penalty, torch.ones_like(f), Growth(10.0, power=0.5), k)
         theta = f / c**3
         scale = F * oracle.dot(s.y_vector, s.y_vector).clamp_min(1.0)  # of F
         s = replace(s, slack=scale / (F / f * c**2), barrier=scale / c)
         z, f = descend(
-            oracle,
-            lambda v: oracle.lower_y(x, v)[1] + theta * v,
-            x,
-            s.auxiliary,
-            self.steps,
-            f,
+            oracle, lambda v: oracle.lower_y(x, v)[1] + theta * v, x, s.auxiliary, self.steps, f,
             self.auxiliary_step_size,
-        )
+        )  # fmt: skip
         floor = oracle.values(x, z)[1] + theta / 2 * oracle.dot(z, z)
         y = self._inside(oracle, s, x, s.y_vector, z, floor)
         for _ in range(self.steps):
@@ -183,11 +160,12 @@ class BVFSM(PenaltyMethod):
         bend = oracle.dot(lower.y, lower.y) * multiplier.square() / s.barrier
         size = 2 / (F + multiplier * f + bend)
         here = upper.value + theta / 2 * oracle.dot(y, y) + _barrier(s, lower.value - floor)
+        noise = 10 * torch.finfo(y.dtype).eps * here.abs()  # below which values would choose by rounding
         for _ in range(30):
             trial = y - size * g
             F_new, f_new = oracle.values(x, trial)
             there = F_new + theta / 2 * oracle.dot(trial, trial) + _barrier(s, f_new - floor)
-            if bool(there <= here - 1e-4 * size * square):
+            if bool(there <= here - 1e-4 * size * square + noise):
                 return trial
             size = size / 2
         return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -173,14 +174,17 @@ class Checkpoint(Callback):
 
     The file holds the state, the history and the random states (torch, CUDA, NumPy, Python), so a run that was killed
     and started again gives the same numbers to the last bit. It is written beside itself and renamed: a crash while
-    saving leaves the last good file. It is read with `weights_only=True`: nothing in it is executed.
+    saving leaves the last good file. It is read with `weights_only=True`: nothing in it is executed. Not in the file
+    are the problem and the data, which have to be the same again, and what other callbacks remember (`EarlyStopping`
+    counts its patience anew). The method is compared by its repr, functions in it by their names.
 
     Args:
-        path: the file.
+        path: the file, in a folder that exists.
         every: outer steps between two saves; the end of the run is always saved.
         resume: False to start anew and overwrite the file.
 
     Raises:
+        FileNotFoundError: at the start, if the folder does not exist.
         ValueError: if every is below 1, or (at the start) the file belongs to another method or other shapes.
     """
 
@@ -194,10 +198,12 @@ class Checkpoint(Callback):
     def start(self, run: Run) -> Any:
         """Go on from the file if there is one."""
         self._run, self._saved_at = run, -1
+        if not self.path.parent.is_dir():  # found out here, not at the first save
+            raise FileNotFoundError(f"Checkpoint: the folder {self.path.parent} does not exist; make it first.")
         if not (self.resume and self.path.exists()):
             return None
         saved = torch.load(self.path, weights_only=True)
-        if saved["method"] != repr(run.method):
+        if saved["method"] != _words(run.method):
             raise ValueError(
                 f"Checkpoint: {self.path} was written by {saved['method']}, but this run's method is {run.method!r}; "
                 "use another path, or resume=False to start anew."
@@ -225,7 +231,7 @@ class Checkpoint(Callback):
     def _save(self, state: Any) -> None:
         assert self._run is not None
         payload = {
-            "method": repr(self._run.method),
+            "method": _words(self._run.method),
             "state": state.to_dict(),
             "history": self._run.history.records,
             "random": _random_state(),
@@ -237,6 +243,11 @@ class Checkpoint(Callback):
             os.fsync(file.fileno())
         beside.replace(self.path)
         self._saved_at = int(state.iterations)
+
+
+def _words(method: Any) -> str:
+    """The method's repr without the addresses of functions in it, which are others in another process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(method))
 
 
 def _random_state() -> dict[str, Any]:

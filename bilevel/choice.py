@@ -17,11 +17,12 @@ from nestopt.linalg.lanczos import extreme_eigenvalues
 from .aid import AID
 from .bamm import BAMM
 from .counts import Counts
-from .lower_choice import lower_level
+from .f2sa import F2SA
+from .lower_choice import SmoothLevel, lower_level
 from .lv_hba import LVHBA
 from .meha import MEHA
 from .method import Method
-from .problem import Problem, Spaces
+from .problem import Linearization, Problem, Spaces
 from .soba import SABA, SOBA
 from .stochastic import Batches, Draw
 
@@ -53,9 +54,10 @@ class Choice:
 def choose(problem: Problem, x0: Any, y0: Any, data: Callable[[int], Any] | None = None) -> Choice:
     """The method that `solve` takes where none is given.
 
-    It looks, in this order, at the data (are two steps' the same?), at the lower level (constraints, set or prox, or
-    smooth), at its size, and at the curvature at the lower solution for x0: where that is singular the lower solution
-    is not unique, and a method is taken that selects the one that suits the upper level.
+    It looks, in this order, at the data (are two steps' the same? is a minibatch's lower level convex?), at the lower
+    level (constraints, set or prox, or smooth), at its size, and at the curvature at the lower solution for x0: where
+    that is singular the lower solution is not unique, and a method is taken that selects the one that suits the upper
+    level.
 
     Cost: one lower solve, and up to 60 products (a matrix's singular values where there are constraints or a prox).
 
@@ -72,9 +74,9 @@ def choose(problem: Problem, x0: Any, y0: Any, data: Callable[[int], Any] | None
         ValueError: for minibatches of a constrained or non-smooth lower level, which no method here takes.
     """
     first = None if data is None else data(0)
-    if data is not None and not _same(first, data(1)):
-        return Choice(*_stochastic(problem, first, data), y0)
     spaces = Spaces.of(x0, y0)
+    if data is not None and not _same(first, data(1)):
+        return _stochastic(problem, first, data, spaces, x0, y0)
     sizes = f"{spaces.x.size} upper and {spaces.y.size} lower variables"
     kind, selecting = _kind(problem)
     level = lower_level(problem, spaces, first)
@@ -86,7 +88,8 @@ def choose(problem: Problem, x0: Any, y0: Any, data: Callable[[int], Any] | None
     x = problem.project(spaces.x.flatten(x0).detach(), spaces)
     y = spaces.y.flatten(y0).detach()
     level.check(x, y)
-    found = level.solve(x, y)
+    # a curvature is not asked for more digits than this
+    found = (level.loosened(1e-3, 0.0) if isinstance(level, SmoothLevel) else level).solve(x, y)
     if found.status in _FAULTS:
         reason = f"AID: {sizes}; it reports why the {kind} lower level cannot be solved: {found.status.name}."
         return Choice(method, reason, y0, found.counts)
@@ -126,16 +129,29 @@ def _curvature(hessian: LinearOperator) -> tuple[float, float, int]:
     return float(seen.lowest), max(abs(float(seen.lowest)), abs(float(seen.highest))), seen.products
 
 
-def _stochastic(problem: Problem, first: Any, data: Callable[[int], Any]) -> tuple[Method, str]:
+def _stochastic(problem: Problem, first: Any, data: Callable[[int], Any], spaces: Spaces, x0: Any, y0: Any) -> Choice:
     kind, _ = _kind(problem)
     if kind != "smooth":
         raise ValueError(
             f"solve: the data change from step to step and the lower level is {kind}, but no method takes minibatches "
             "of such; pass the full data, write the constraint as a penalty, or choose a method yourself."
         )
+    x, y = problem.project(spaces.x.flatten(x0).detach(), spaces), spaces.y.flatten(y0).detach()
+    point = Linearization(problem, spaces, x, y, first)
+    point.check()
+    low, high, products = _curvature(point.hessian) if point.finite() else (1.0, 1.0, 0)
+    counts = Counts(1, 1, products)
+    if low < -1e-2 * high:
+        reason = (
+            f"F2SA: minibatches of a lower level that is not convex at the start (curvature {low:.1e} to {high:.1e}), "
+            "so that no system with its Hessian is solved; the penalty's bias stays, and the error holds it."
+        )
+        return Choice(F2SA(debias=None), reason, y0, counts)
     if isinstance(data, Batches) and isinstance(first, Draw) and first.lower_block is not None:
-        return SABA(), "SABA: minibatches of a finite data set, whose gradients it remembers, so that steps stay long."
-    return SOBA(), "SOBA: minibatches without keys, so that nothing can be remembered of them; its steps shrink."
+        reason = "SABA: minibatches of a finite data set, whose gradients it remembers, so that steps stay long."
+        return Choice(SABA(), reason, y0, counts)
+    reason = "SOBA: minibatches without keys, so that nothing can be remembered of them; its steps shrink."
+    return Choice(SOBA(), reason, y0, counts)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from operator import add
 
 __all__ = ["Counts"]
 
@@ -28,4 +29,4 @@ class Counts:
     samples: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Counts(*map(add, vars(self).values(), vars(other).values()))  # `fields` would take much longer

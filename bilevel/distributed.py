@@ -14,9 +14,11 @@ from torch import Tensor
 from nestopt.linalg.autodiff import evaluate
 from nestopt.linalg.parallel import all_reduced, check_group
 
+from .block_batches import BlockDraw
 from .module_loss import Term
 from .parts import Mapped, Part
 from .problem import Problem
+from .stochastic import Batches
 
 __all__ = ["Shards", "data_parallel"]
 
@@ -26,7 +28,7 @@ OWNER = "data_parallel"
 
 
 class Total(torch.autograd.Function):
-    """V -> the sum over ranks of v; the transpose, at a cotangent that is the same on all ranks, is `Everywhere`."""
+    """The sum over ranks of v; the transpose, at a cotangent that is the same on all ranks, is `Everywhere`."""
 
     @staticmethod
     def forward(v: Tensor, group: Group) -> Tensor:
@@ -50,7 +52,7 @@ class Total(torch.autograd.Function):
 
 
 class Everywhere(torch.autograd.Function):
-    """V -> v, the same on all ranks, each of which goes its own way with it; the transpose is the `Total`.
+    """The map v -> v, the same on all ranks, each of which goes its own way with it; the transpose is the `Total`.
 
     The two are each other's transposes, so that derivatives of every order of a function between them are those of the
     sum of the ranks' functions: a gradient or a product with second derivatives costs one all-reduce.
@@ -147,7 +149,8 @@ class Shards(Mapped):
     """This rank's share of each step's samples, cut along their first dimension; all ranks draw the same step.
 
     The shares differ by one sample at most, and the means over them are weighted by their sizes: together they are the
-    mean over the whole batch.
+    mean over the whole batch. Blocks of `Batches` keep their keys, so that the memories of SABA and SRBA are those of
+    one process, the same on all ranks; of `BlockBatches` each rank has its samples of every drawn block.
 
     Args:
         source: `Batches(...)`, `FromLoader(...)`, `problem.data` or a function k -> batch, the same on all ranks.
@@ -155,6 +158,7 @@ class Shards(Mapped):
 
     Raises:
         RuntimeError: if torch.distributed is not initialised.
+        ValueError: if a block of the source has fewer samples than there are ranks.
 
     Example:
         A script that `torchrun --nproc-per-node 2` starts::
@@ -168,6 +172,14 @@ class Shards(Mapped):
         super().__init__(source)
         check_group("Shards", group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        origin = self.origin
+        if isinstance(origin, Batches):
+            least = min(len(block) for level in (origin.lower, origin.upper) for block in level.blocks)
+            if least < self.size:
+                raise ValueError(
+                    f"Shards: the smallest block of the Batches has {least} samples, which {self.size} ranks cannot "
+                    "share; choose a batch_size that leaves a larger last block, or drop the samples beyond."
+                )
 
     def put(self, part: Any, k: int) -> Part:
         """This rank's rows, with their weight.
@@ -182,18 +194,30 @@ class Shards(Mapped):
         Raises:
             ValueError: if the tensors differ in their first dimension, or there are fewer samples than ranks.
         """
+        return self._share(part, 0)
+
+    def _mapped(self, data: Any, k: int) -> Any:
+        if not isinstance(data, BlockDraw):
+            return super()._mapped(data, k)
+        return replace(data, upper=self._share(data.upper, 1), lower=self._share(data.lower, 1), source=self)
+
+    def _share(self, part: Any, dim: int) -> Part:
+        """This rank's samples, which the tensors count in one of their dimensions."""
         whole = Part.of(part)
-        counts = {len(leaf) for leaf in optree.tree_leaves(whole.value) if isinstance(leaf, Tensor) and leaf.ndim}
+        leaves = [leaf for leaf in optree.tree_leaves(whole.value) if isinstance(leaf, Tensor) and leaf.ndim > dim]
+        counts = {leaf.shape[dim] for leaf in leaves}
         if len(counts) != 1:
             raise ValueError(
-                f"Shards: all tensors of a batch must share their first dimension, the samples, but they have "
-                f"{sorted(counts)}; give each rank its own loader with a DistributedSampler instead."
+                f"Shards: all tensors of a batch must share their {('first', 'second')[dim]} dimension, the samples, "
+                f"but they have {sorted(counts)}; give each rank its own loader with a DistributedSampler instead."
             )
         n = counts.pop()
         if n < self.size:
             raise ValueError(f"Shards: {n} samples cannot be shared by {self.size} ranks; use larger batches.")
         begin, end = self.rank * n // self.size, (self.rank + 1) * n // self.size
-        rows = optree.tree_map(lambda t: t[begin:end] if isinstance(t, Tensor) and t.ndim else t, whole.value)
+        rows = optree.tree_map(
+            lambda t: t.narrow(dim, begin, end - begin) if isinstance(t, Tensor) and t.ndim > dim else t, whole.value
+        )
         return replace(whole, value=rows, weight=(end - begin) * self.size / n)
 
 

@@ -18,7 +18,7 @@ from .optimality import Optimality
 from .point_solver import PointSolver
 from .problem import Linearization, Problem, Spaces
 
-__all__ = ["Hypergradient", "hypergradient", "solve_adjoint"]
+__all__ = ["Hypergradient", "correct_adjoint", "hypergradient", "solve_adjoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +232,26 @@ def solve_adjoint(
             steps = solution.iterations + more.iterations
             norm = float(error)
             solution = replace(solution, x=x, error=norm, residual_norm=norm, products=spent, iterations=steps)
+    return point.upper_x - point.cross.T @ solution.x, solution
+
+
+def correct_adjoint(point: Linearization | Optimality, solver: LinearSolver, start: Tensor) -> tuple[Tensor, Solution]:
+    """The raveled hypergradient, with the adjoint system solved for the correction of a start.
+
+    H d = F_y - H start, v = start + d: the solver's rtol is relative to the residual of the start.
+
+    Args:
+        point: both objectives at (x, y).
+        solver: for H d = r.
+        start: v of a nearby point.
+
+    Returns:
+        The hypergradient and the Solution of the adjoint system.
+    """
+    H = point.hessian if point.hessian.symmetric else point.hessian.T
+    solver = solver.at(point) if isinstance(solver, PointSolver) else solver
+    found = solver(H, point.upper_y - H @ start)
+    solution = replace(found, x=start + found.x, products=found.products + 1)
     return point.upper_x - point.cross.T @ solution.x, solution
 
 

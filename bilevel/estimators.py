@@ -57,7 +57,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def next(
-        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int, size: float
     ) -> tuple[Pieces, dict[str, Any]]:
         """The estimate after a step.
 
@@ -68,6 +68,7 @@ class Estimator(ABC):
             last: the estimate before.
             memory: from the last call.
             k: the step.
+            size: b L, the step size in y times the largest curvature of f_yy seen.
 
         Returns:
             The estimate and the memory.
@@ -79,7 +80,7 @@ class Minibatch(Estimator):
     """The pieces on the step's own samples."""
 
     def next(
-        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int, size: float
     ) -> tuple[Pieces, dict[str, Any]]:
         """Those on the step's samples."""
         return here(data), memory
@@ -89,7 +90,8 @@ class Minibatch(Estimator):
 class SAGA(Estimator):
     """Each block's last pieces are remembered: piece - remembered + mean of all remembered (Defazio et al. 2014).
 
-    Needs blocks with keys, `Batches`. Memory: one vector of the pieces for every block. The start takes one pass.
+    Needs blocks with keys, `Batches`. Memory: one vector of the pieces for every block. The start takes one pass. Over
+    several processes (`Shards`) a row is that of the whole block, the same on all ranks.
     """
 
     def start(self, here: Look, data: Any) -> tuple[Pieces, dict[str, Any]]:
@@ -102,8 +104,8 @@ class SAGA(Estimator):
         Returns:
             The full pieces, and the tables.
         """
-        source = _batches(data, "SAGA memories")
-        lower, upper = source.lower, source.upper
+        source, blocks = _batches(data, "SAGA memories")
+        lower, upper = blocks.lower, blocks.upper
         rows = [here(source.block(min(i, len(upper.blocks) - 1), min(i, len(lower.blocks) - 1)))
                 for i in range(max(len(lower.blocks), len(upper.blocks)))]  # fmt: skip
         low = torch.stack([torch.cat(row[:3]) for row in rows[: len(lower.blocks)]])
@@ -115,7 +117,7 @@ class SAGA(Estimator):
         return _split(memory["lower_mean"], memory["upper_mean"], rows[0]), memory
 
     def next(
-        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int, size: float
     ) -> tuple[Pieces, dict[str, Any]]:
         """The corrected pieces; the blocks' rows and the means are brought up to date."""
         _batches(data, "SAGA memories")
@@ -154,13 +156,13 @@ class SPIDER(Estimator):
         Returns:
             The full pieces, and no memory.
         """
-        return here(_batches(data, "SPIDER").whole()), {}
+        return here(_batches(data, "SPIDER")[0].whole()), {}
 
     def next(
-        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int, size: float
     ) -> tuple[Pieces, dict[str, Any]]:
         """The full pieces at a restart, the recursion between."""
-        source = _batches(data, "SPIDER")
+        source, _ = _batches(data, "SPIDER")
         if k % (self.every or len(source)) == 0:
             return here(source.whole()), memory
         return last.map(lambda e, new, old: e + new - old, here(data), before(data)), memory
@@ -170,35 +172,58 @@ class SPIDER(Estimator):
 class STORM(Estimator):
     """Momentum with a correction: piece here + (1 - a)(last - piece before), the same samples at both points.
 
+    The estimate's error e obeys e+ = (1 - a)(e + d) + a n: n is the noise of a batch, d that of a difference of two
+    points. A step moves by b |e|, so that |d|^2 <= (b L |e|)^2 / 4 with L above the batches' curvatures, and e's
+    variance settles below a |n|^2 / (2 - (b L)^2 / (4 a)): it is bounded if a follows the step's square, and vanishes
+    with it.
+
     Args:
-        momentum: k -> a in (0, 1], such as `lambda k: 0.1`; None for (k + 1)^(-2/3), the paper's rate.
+        momentum: k -> a in (0, 1], such as `lambda k: 0.1`; None for (b L / 2)^2, with which steps that fall like
+            k^(-1/3) give the paper's a ~ k^(-2/3), but at least 1 / (k + 1), so that the first batch's noise dies out
+            under small constant steps as well, and at most 1.
 
     Reference:
         Cutkosky & Orabona 2019; Yang, Ji & Liang 2021 (MRBO).
+
+    Example:
+        >>> STORM().weight(99, 0.5), STORM().weight(99, 0.01)
+        (0.0625, 0.01)
     """
 
     momentum: Callable[[int], float] | None = None
 
-    def weight(self, k: int) -> float:
-        """The momentum's a at step k."""
-        return float((k + 1) ** (-2 / 3) if self.momentum is None else self.momentum(k))
+    def weight(self, k: int, size: float) -> float:
+        """The momentum's a.
+
+        Args:
+            k: the step.
+            size: b L.
+
+        Returns:
+            It.
+        """
+        if self.momentum is not None:
+            return float(self.momentum(k))
+        return min(1.0, max(size**2 / 4, 1 / (k + 1)))
 
     def next(
-        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int
+        self, here: Look, before: Look, data: Any, last: Pieces, memory: dict[str, Any], k: int, size: float
     ) -> tuple[Pieces, dict[str, Any]]:
         """The corrected momentum."""
-        a = self.weight(k)
+        a = self.weight(k, size)
         return here(data).map(lambda new, e, old: new + (1 - a) * (e - old), last, before(data)), memory
 
 
-def _batches(data: Any, who: str) -> Batches:
+def _batches(data: Any, who: str) -> tuple[Any, Batches]:
+    """Where the samples come from, and the blocks underneath."""
     source = data.source if isinstance(data, Draw) else None
-    if not isinstance(source, Batches):
+    blocks = None if source is None else source.origin
+    if not isinstance(blocks, Batches):
         raise ValueError(
             f"{who} need samples with keys and all of them at hand, but the data are {type(data).__name__}; pass "
             "data=bilevel.Batches(...), or use SOBA(), AmIGO(), StocBiO(), MRBO() or TTSA()."
         )
-    return source
+    return source, blocks
 
 
 def _split(lower: Tensor, upper: Tensor, like: Pieces) -> Pieces:

@@ -13,8 +13,8 @@ from nestopt.linalg import LinearSolver, Status
 from nestopt.linalg.result import all_finite
 
 from .counts import Counts
-from .estimate import solve_adjoint
-from .lower_choice import LowerLevel, LowerSolver, lower_level
+from .estimate import correct_adjoint, solve_adjoint
+from .lower_choice import LowerLevel, LowerSolver, SmoothLevel, lower_level
 from .optimality import Optimality
 from .problem import Linearization, Problem, Spaces
 
@@ -35,6 +35,7 @@ class Evaluation:
         y: raveled lower solution.
         dual: multipliers of the lower level's constraints, inequalities first; empty where there are none.
         value: F(x, y).
+        merit: what a line search compares: F(x, y), or, of an inexact evaluation with its hypergradient, `corrected`.
         lower_residual: |f_y(x, y)|, or that of the optimality conditions (see `Optimality`), measured.
         point: the linearized conditions; dropped as soon as the hypergradient is there.
         counts: what it cost.
@@ -49,6 +50,7 @@ class Evaluation:
     y: Tensor
     dual: Tensor
     value: Tensor
+    merit: Tensor
     lower_residual: Tensor
     point: Linearization | Optimality | None
     counts: Counts
@@ -57,6 +59,18 @@ class Evaluation:
     adjoint: Tensor | None = None
     linear_residual: Tensor | None = None
     scale: Tensor | None = None
+
+    def corrected(self, adjoint: Tensor) -> Tensor:
+        """F(x, y) - v'f_y: F(x, y*(x)) up to the product of both systems' errors; before the graphs are dropped.
+
+        Args:
+            adjoint: v.
+
+        Returns:
+            A 0-d tensor.
+        """
+        assert self.point is not None
+        return self.value - torch.dot(adjoint, self.point.lower_y)
 
     def residuals(self, problem: Problem, spaces: Spaces) -> dict[str, Tensor]:
         """The named parts of the error: |f_y|, |F_y - H v| and |P(x - hypergradient) - x|, zero at a solution."""
@@ -73,10 +87,16 @@ class Evaluator:
     Args:
         level: the lower level.
         linear_solver: for the adjoint system.
+        forcing: fraction of the residual at the start to which the lower level is solved, where that is above the
+            tolerance; 0 for the tolerance alone. Smooth lower levels only.
+        correcting: whether the adjoint system is solved for the correction of its start, so that the linear solver's
+            rtol is relative to the residual there.
     """
 
     level: LowerLevel
     linear_solver: LinearSolver
+    forcing: float = 0.0
+    correcting: bool = False
 
     @classmethod
     def of(
@@ -120,13 +140,17 @@ class Evaluator:
         level = self.level
         if check:
             level.check(x, y)
+        if self.forcing and tolerance is not None:
+            assert isinstance(level, SmoothLevel)
+            level, tolerance = level.loosened(self.forcing, tolerance), None
         found = level.solve(x, y, dual, 0.0, tolerance)
         point = level.linearize(x, found.y, found.dual)
         counts = found.counts + Counts(1, 1)
         fault = found.status if found.status in _LOST else None
         if not point.finite():
             fault = Status.NON_FINITE
-        return Evaluation(x, found.y, found.dual, point.upper, _residual(point), point, counts, fault)
+        value = point.upper
+        return Evaluation(x, found.y, found.dual, value, value, _residual(point), point, counts, fault)
 
     def lower_residual(self, x: Tensor, y: Tensor) -> float:
         """The residual of the lower level at a point, the scale of relative tolerances.
@@ -160,7 +184,10 @@ class Evaluator:
                 e, point=None, hypergradient=nothing, adjoint=torch.full_like(point.lower_y, torch.nan),
                 linear_residual=lost, scale=lost,
             )  # fmt: skip
-        value, solution = solve_adjoint(point, self.linear_solver, adjoint, enough)
+        if self.correcting and adjoint is not None:
+            value, solution = correct_adjoint(point, self.linear_solver, adjoint)
+        else:
+            value, solution = solve_adjoint(point, self.linear_solver, adjoint, enough)
         status = solution.status
         assert isinstance(status, Status)
         fault = e.fault if e.fault is not None else status if status in _FATAL else None
@@ -170,6 +197,7 @@ class Evaluator:
         products = solution.products + 1 + (point.products if isinstance(point, Optimality) else 0)
         return replace(
             e, point=None, counts=e.counts + Counts(products=products), fault=fault, hypergradient=value,
+            merit=e.corrected(solution.x) if self.forcing else e.value,
             adjoint=solution.x, linear_residual=value.new_tensor(float(solution.residual_norm)),
             scale=torch.where(scale == 0, point.upper_y.norm(), scale),
         )  # fmt: skip

@@ -18,12 +18,12 @@ from nestopt.linalg.result import all_finite
 
 from .assumptions import require
 from .counts import Counts
-from .inner_steps import InnerSteps, automatic_rule
+from .inner_steps import InnerSteps, automatic_rule, curvatures
 from .method import Method, MethodState
 from .oracle import part_of
 from .problem import Problem, Spaces
-from .through_solver import curvatures
-from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
+from .through_solver import default_step
+from .upper_step import StepState, UpperStep
 
 __all__ = ["Evolution", "EvolutionState"]
 
@@ -428,9 +428,7 @@ class Evolution(Method, ABC):
         return value.reshape(())
 
     def _rule(self, problem: Problem) -> UpperStep:
-        if self.upper_step is not None:
-            return self.upper_step
-        return QuasiNewtonStep() if problem.upper_set is None else SpectralStep()
+        return default_step(self.upper_step, problem)
 
     def _tolerance(self, scale: Tensor) -> Tensor:
         return self.stopping.tolerance(scale, 1e-5 if scale.dtype == torch.float64 else 3e-3)

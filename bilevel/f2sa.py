@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,41 +11,33 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, descend, schedule_value
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Growth, Schedule, TwoPoints, descend, refuse_long_step, schedule_value
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState, shrunk
 
 __all__ = ["F2SA", "F2SAState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class F2SAState(PenaltyState):
+class F2SAState(WatchedState):
     """Where F2SA stands.
 
     Attributes:
         auxiliary: z, raveled.
         penalty: lambda.
         slope: F_x + lambda (f_x(x, y) - f_x(x, z)).
-        gap: f(x, y) - f(x, z).
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     penalty: Tensor
     slope: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class F2SA(PenaltyMethod):
+class F2SA(WatchedMethod):
     """Fully first-order (stochastic) approximation: descent on F(x, y) + lambda (f(x, y) - min over z of f(x, z)).
 
     One step, with lambda growing:
@@ -71,10 +63,10 @@ class F2SA(PenaltyMethod):
         penalty: lambda: a number, a schedule k -> lambda such as Growth(1.0, slope=0.1), or None for
             (10 + k) (curvature of F) / (curvature of f).
         upper_step_size: s, well below a / 10; None watches.
-        lower_step_size: a, below 2 / (L_f + L_F / lambda); None watches.
-        auxiliary_step_size: b, below 2 / L_f; None watches.
+        lower_step_size: a, below 2 / (L_f + L_F / lambda), or it is refused; None watches.
+        auxiliary_step_size: b, below 2 / L_f, or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision. Raise max_iter with
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision. Raise max_iter with
             debias=None: the bias falls like 1 / lambda.
 
     Raises:
@@ -105,43 +97,35 @@ class F2SA(PenaltyMethod):
     State: ClassVar[type[MethodState]] = F2SAState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Kwon et al. 2023", stochastic=True)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "upper_step_size", "lower_step_size", "auxiliary_step_size")
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> F2SAState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = F2SAState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0), slope=upper.x,
-            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
-        )  # fmt: skip
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> F2SAState:
+        x, y = shared["x_vector"], shared["y_vector"]
+        s = F2SAState(**shared, auxiliary=y, penalty=shared["gap"], slope=upper.x)
+        lam = self._penalty(s, 0)
+        refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1], y)
+        refuse_long_step(
+            self, "lower_step_size", oracle, lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y, y
+        )
         return self._inner(oracle, s, x, 0)
 
     def _advance(self, oracle: Oracle, s: F2SAState) -> F2SAState:
-        if self.upper_step_size is not None:
-            size, watch = s.watch.fixed(self.upper_step_size)
-        elif oracle.data is not None:
-            size, watch = _shrunk(oracle, s) * s.watch.size, s.watch
-        else:
-            lag = s.residuals["auxiliary"] + s.residuals["blend"]
-            size, watch = s.watch.move(oracle, s.x_vector, s.slope, s.value, s.gap, s.penalty, lag)
+        size, watch = self._size_in_x(oracle, s, s.slope, s.penalty, self.upper_step_size)
         x = oracle.project(s.x_vector - size * s.slope)
         return self._inner(oracle, replace(s, watch=watch), x, int(s.iterations) + 1)
 
     def _inner(self, oracle: Oracle, s: F2SAState, x: Tensor, k: int) -> F2SAState:
         """T steps of z and y at the new x, and what is seen there."""
-        f, F, shrunk = s.lower_curvature, s.upper_curvature, _shrunk(oracle, s)
-        lam = self._penalty(Curvatures(F, f), k)
+        f, F, factor = s.lower_curvature, s.upper_curvature, shrunk(oracle, s)
+        lam = self._penalty(s, k)
         a, b = self.lower_step_size, self.auxiliary_step_size
-        b_size = shrunk / f if b is None and shrunk < 1 else b
+        b_size = factor / f if b is None and factor < 1 else b
         z, f = descend(oracle, lambda v: oracle.lower_y(x, v)[1], x, s.auxiliary, self.steps, f, b_size)
         blend = f + F / lam
         y, seen = descend(
             oracle, lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y, x, s.y_vector, self.steps, blend,
-            shrunk / blend if a is None and shrunk < 1 else a,
+            factor / blend if a is None and factor < 1 else a,
         )  # fmt: skip
         p = TwoPoints.at(oracle, x, y, z)
         slope = p.upper.x + lam * p.gap_x
@@ -151,10 +135,5 @@ class F2SA(PenaltyMethod):
             residuals=residuals, error=error_of(residuals), lower_curvature=torch.maximum(f, seen - F / lam),
         )  # fmt: skip
 
-    def _penalty(self, seen: Curvatures, k: int) -> Tensor:
-        return schedule_value(self.penalty, seen.unit, Growth(10.0, slope=1.0), k)
-
-
-def _shrunk(oracle: Oracle, s: F2SAState) -> float:
-    """The factor on automatic step sizes for minibatches."""
-    return 1.0 if oracle.data is None else float((1 + int(s.iterations) / 100) ** -0.5)
+    def _penalty(self, s: F2SAState, k: int) -> Tensor:
+        return schedule_value(self.penalty, s.curvatures.unit, Growth(10.0, slope=1.0), k)

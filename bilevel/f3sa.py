@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, schedule_value
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Growth, Schedule, TwoPoints, raised, refuse_long_step, schedule_value, secant
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState, shrunk
 
 __all__ = ["F3SA", "F3SAState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class F3SAState(PenaltyState):
+class F3SAState(WatchedState):
     """Where F3SA stands.
 
     Attributes:
@@ -30,24 +30,16 @@ class F3SAState(PenaltyState):
         penalty: lambda.
         estimates_x: of F_x and f_x at (x, y), and of f_x at (x, z), of shape (3, n_x).
         estimates_y: of F_y, f_y, f_y, likewise.
-        gap: f(x, y) - f(x, z).
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     penalty: Tensor
     estimates_x: Tensor
     estimates_y: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class F3SA(PenaltyMethod):
+class F3SA(WatchedMethod):
     """F2SA with one step in y and z, and a STORM estimator on each of the three gradients.
 
     With the estimators A of grad F(x, y), B of grad f(x, y) and C of grad f(x, z), one step is
@@ -66,11 +58,11 @@ class F3SA(PenaltyMethod):
         momentum: e, in (0, 1]; 1 is plain F2SA with T = 1, small values average more.
         penalty: lambda: a number, a schedule k -> lambda, or None for (10 + k/10) (curvature of F) / (curvature of f).
         upper_step_size: s; None watches.
-        lower_step_size: a, below 2 / (L_f + L_F / lambda); None watches.
-        auxiliary_step_size: b, below 2 / L_f; None watches.
+        lower_step_size: a, below 2 / (L_f + L_F / lambda), or it is refused; None watches.
+        auxiliary_step_size: b, below 2 / L_f, or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method, which
             data need.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: for numbers that are not positive, or a momentum above 1.
@@ -100,63 +92,51 @@ class F3SA(PenaltyMethod):
     State: ClassVar[type[MethodState]] = F3SAState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Kwon et al. 2023", stochastic=True)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "momentum", "penalty", "upper_step_size", "lower_step_size", "auxiliary_step_size")
         if self.momentum > 1:
             raise ValueError(f"F3SA: momentum must be in (0, 1], but got {self.momentum}; 1 is no momentum.")
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> F3SAState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> F3SAState:
+        x, y = shared["x_vector"], shared["y_vector"]
         p = TwoPoints.at(oracle, x, y, y)
-        s = F3SAState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0),
-            estimates_x=_x(p), estimates_y=_y(p), gap=zero, upper_curvature=seen.upper, lower_curvature=seen.lower,
-            watch=Watch.start(oracle, x, y, upper),
-        )  # fmt: skip
-        return self._measured(oracle, s, p)
+        s = F3SAState(**shared, auxiliary=y, penalty=shared["gap"], estimates_x=_x(p), estimates_y=_y(p))
+        lam = self._penalty(s, 0)
+        refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1], y)
+        refuse_long_step(
+            self, "lower_step_size", oracle, lambda v: oracle.weighted(x, v, upper=1 / lam, lower=1.0).y, y
+        )
+        return self._measured(oracle, replace(s, penalty=lam), p)
 
     def _advance(self, oracle: Oracle, s: F3SAState) -> F3SAState:
         x, y, z, lam = s.x_vector, s.y_vector, s.auxiliary, s.penalty
-        shrunk = 1.0 if oracle.data is None else float((1 + int(s.iterations) / 100) ** -0.5)
-        f, F = s.lower_curvature, s.upper_curvature
-        b = shrunk / f if self.auxiliary_step_size is None else self.auxiliary_step_size
-        a = shrunk / (f + F / lam) if self.lower_step_size is None else self.lower_step_size
+        f, F, factor = s.lower_curvature, s.upper_curvature, shrunk(oracle, s)
+        b = factor / f if self.auxiliary_step_size is None else self.auxiliary_step_size
+        a = factor / (f + F / lam) if self.lower_step_size is None else self.lower_step_size
         slope, slope_y = _slope(s)
-        if self.upper_step_size is not None:
-            size, watch = s.watch.fixed(self.upper_step_size)
-        elif oracle.data is not None:
-            size, watch = shrunk * s.watch.size, s.watch
-        else:
-            lag = s.residuals["auxiliary"] + s.residuals["blend"]
-            size, watch = s.watch.move(oracle, x, slope, s.value, s.gap, lam, lag)
+        size, watch = self._size_in_x(oracle, s, slope, lam, self.upper_step_size)
         x_new = oracle.project(x - size * slope)
         y_new, z_new = y - a * slope_y, z - b * s.estimates_y[2]
         old, new = TwoPoints.at(oracle, x, y, z), TwoPoints.at(oracle, x_new, y_new, z_new)
         keep = 1 - self.momentum
-        for moved, change in ((y_new - y, new.lower.y - old.lower.y), (z_new - z, new.auxiliary.y - old.auxiliary.y)):
-            seen = oracle.norm(change) / oracle.norm(moved)
-            still = torch.equal(x_new, x) and bool(torch.isfinite(seen))
-            f = torch.maximum(f, seen) if still else f
+        if not bool(oracle.norm(x_new - x) > 0):  # over all pieces, where x is sharded
+            f = raised(f, secant(oracle, new.lower.y - old.lower.y, y_new - y, y))
+            f = raised(f, secant(oracle, new.auxiliary.y - old.auxiliary.y, z_new - z, z))
         found = replace(
             s, watch=watch, x_vector=x_new, y_vector=y_new, auxiliary=z_new,
-            penalty=self._penalty(Curvatures(F, f), int(s.iterations) + 1),
             estimates_x=_x(new) + keep * (s.estimates_x - _x(old)),
             estimates_y=_y(new) + keep * (s.estimates_y - _y(old)),
             lower_curvature=f,
         )  # fmt: skip
-        return self._measured(oracle, found, new)
+        return self._measured(oracle, replace(found, penalty=self._penalty(found, int(s.iterations) + 1)), new)
 
     def _measured(self, oracle: Oracle, s: F3SAState, p: TwoPoints) -> F3SAState:
         slope = p.upper.x + s.penalty * p.gap_x
         residuals = p.residuals(oracle, s.x_vector, s.y_vector, s.auxiliary, slope, s.penalty)
         return replace(s, gap=p.gap, value=p.upper.value, residuals=residuals, error=error_of(residuals))
 
-    def _penalty(self, seen: Curvatures, k: int) -> Tensor:
-        return schedule_value(self.penalty, seen.unit, Growth(10.0, slope=0.1), k)
+    def _penalty(self, s: F3SAState, k: int) -> Tensor:
+        return schedule_value(self.penalty, s.curvatures.unit, Growth(10.0, slope=0.1), k)
 
 
 def _slope(s: F3SAState) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestopt.linalg import Status, Stopping
+from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .coupled import CoupledMethod, CoupledState, Gap
+from .coupled import CoupledMethod, CoupledState, Gap, Moved
 from .inner_minimizer import Inner, keep_dual
-from .joint_projection import JointSet, Rows
-from .method import Method, MethodState
+from .joint_projection import JointSet, Projection, Rows
+from .linearized_set import clip_multipliers
 from .oracle import Oracle
-from .value_difference import ValueDifference
 
 __all__ = ["BiCGAFFA"]
 
@@ -42,11 +41,12 @@ class BiCGAFFA(CoupledMethod):
     needs, (x, y, z) takes quasi-Newton steps along the sets, with an Armijo test on F / c + G, and c grows as in
     `LVHBA`.
 
-    `error` is the largest of "upper", the projected step of F + c G, "inner", c times the residual of th, "dual", the
-    projected step of G in z, and "lower", |(y - th) / gamma1, (lam - z) / gamma2|, which is zero exactly where y is
-    feasible and solves the lower level, and else is the penalty's bias, all measured at the point returned, rows
-    scaled; CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol), with the scale at the start. A multiplier at its
-    clip for 100 steps ends the run as DIVERGED, with `state.advice`: constraints that no y can meet do so.
+    `error` is the largest of "upper", the projected step of F + c G in (x, y), "dual", the same in z but as c times
+    that of G, "inner", c times the residual of th, and "lower", |(y - th) / gamma1, (lam - z) / gamma2|, which is zero
+    exactly where y is feasible and solves the lower level, and else is the penalty's bias, all measured at the point
+    returned, rows scaled; CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol), with the scale at the start. A
+    multiplier at its clip for 100 steps ends the run as DIVERGED, with `state.advice`: constraints that no y can meet
+    do so, where the start does not prove them INFEASIBLE.
 
     Cost of a step: a gradient of F, two of f and of the constraints (a handful without step sizes, one for each
     accelerated inner step).
@@ -86,20 +86,6 @@ class BiCGAFFA(CoupledMethod):
         ('CONVERGED', [1.0, 1.0, 2.0])
     """
 
-    gamma1: float = 1.0
-    gamma2: float = 1.0
-    c0: float = 1.0
-    power: float = 0.3
-    c_max: float = 1e8
-    radius: float = 1e3
-    step_size: float | None = None
-    inner_step_size: float | None = None
-    dual_step_size: float | None = None
-    scale_rows: bool = True
-    debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=2000)
-
-    State: ClassVar[type[MethodState]] = CoupledState
     assumptions: ClassVar[Assumptions] = Assumptions(
         "penalty", "Yao, Yin, Zeng & Zhang 2024", lower_set=True, inequality=True, equality=True, unique=False
     )
@@ -128,7 +114,7 @@ class BiCGAFFA(CoupledMethod):
 
     def published_step(
         self, oracle: Oracle, joint: JointSet, s: CoupledState, c: Tensor
-    ) -> tuple[Tensor, Rows, Tensor, Inner]:
+    ) -> tuple[Moved, Tensor, Inner]:
         """One iteration of the paper."""
         assert self.step_size is not None
         assert self.inner_step_size is not None
@@ -137,14 +123,14 @@ class BiCGAFFA(CoupledMethod):
         old = oracle.weighted(x, s.theta, lower=1.0, dual=keep_dual(seen, s.scales, z))
         theta = oracle.prox(s.theta - eta * (old.y + (s.theta - y) / self.gamma1), eta, x)
         there = oracle.weighted(x, theta, lower=1.0, dual=keep_dual(seen, s.scales, z))
-        lam = self._multiplier(z, s.values, s.rows.inequalities)
+        lam = self._multiplier(z, s.values, s.inequalities)
         here = oracle.weighted(x, y, upper=1 / c, lower=1.0, dual=s.scales * lam)
         dx, dy = here.x - there.x, here.y - (y - theta) / self.gamma1
         w = joint.project_sets(torch.cat([x, y]) - self.step_size * torch.cat([dx, dy]))
         slope = (lam - z) / self.gamma2 - seen["values"]
-        z = self.clip(z - self.dual_step_size * slope, s.rows.inequalities)
+        z = self.clip(z - self.dual_step_size * slope, s.inequalities)
         residual = (theta - s.theta).norm() / eta
-        return w, s.rows, z, Inner(theta, s.anchor, seen["values"], there, residual, s.curvature)
+        return Moved(w, s.rows), z, Inner(theta, s.anchor, seen["values"], there, residual, s.curvature)
 
     def inner_dual(self, z: Tensor, inequalities: int) -> Callable[[Tensor], Tensor]:
         """The anchor itself."""
@@ -153,14 +139,15 @@ class BiCGAFFA(CoupledMethod):
     def evaluate_gap(self, oracle: Oracle, joint: JointSet, w: Tensor, z: Tensor, inner: Inner) -> Gap:
         """G(x, y, z)."""
         x, y = w[: joint.split], w[joint.split :]
-        seen: dict[str, Tensor] = {}
+        seen = {"multiplier": z, "values": z}
 
         def dual(c: Tensor) -> Tensor:
-            seen["multiplier"] = self._multiplier(z, joint.scales * c, joint.inequalities)
+            seen["values"] = joint.scales * c
+            seen["multiplier"] = self._multiplier(z, seen["values"], joint.inequalities)
             return joint.scales * seen["multiplier"]
 
         here = oracle.weighted(x, y, lower=1.0, dual=dual)
-        lam = seen.get("multiplier", z)
+        lam = seen["multiplier"]
         away, pull = (y - inner.theta) / self.gamma1, (lam - z) / self.gamma2
         # here.value holds f + <lam, g>, of which |lam - z|^2 / (2 gamma2) goes off for the maximum over lam
         v = inner.slopes.value + self.gamma1 * away.square().sum() / 2
@@ -168,23 +155,23 @@ class BiCGAFFA(CoupledMethod):
         slope = torch.cat([here.x - inner.slopes.x, here.y - away, slope_z])
         step = z - self.clip(z - slope_z, joint.inequalities)
         value = here.value - self.gamma2 * pull.square().sum() / 2 - v
-        return Gap(value, slope, (away.square().sum() + pull.square().sum()).sqrt(), step.norm())
+        lower = (away.square().sum() + pull.square().sum()).sqrt()
+        return Gap(value, slope, lower, step.norm(), seen["values"])
 
-    def move(self, joint: JointSet, w: Tensor, rows: Rows) -> tuple[Tensor, Rows] | None:
+    def move(self, joint: JointSet, w: Tensor, rows: Rows) -> Moved | None:
         """P_X and P_Y."""
-        return joint.project_sets(w), rows
+        return Moved(joint.project_sets(w), rows)
 
     def tangent(self, joint: JointSet, v: Tensor, rows: Rows) -> Tensor:
         """P_X and P_Y."""
         return joint.project_sets(v)
 
-    def _first_point(self, joint: JointSet, w: Tensor) -> tuple[Tensor, Rows, Status]:
-        found = joint.feasible(w)  # the only time, to name an empty set
+    def _first_point(self, joint: JointSet, w: Tensor, found: Projection) -> Moved:
+        # the point of C serves to name an empty set
         w = joint.project_sets(w)
         n, p = len(w), len(joint.scales)
         none = Rows(w.new_zeros(0, n), w.new_zeros(0), w.new_zeros(0, n), w.new_zeros(0, p), joint.inequalities, False)
-        return w, none, Status.RUNNING if found.status == Status.CONVERGED else found.status
+        return Moved(w, none)
 
     def _multiplier(self, z: Tensor, c: Tensor, inequalities: int) -> Tensor:
-        lam = z + self.gamma2 * c
-        return torch.cat([lam[:inequalities].clamp_min(0), lam[inequalities:]])
+        return clip_multipliers(z + self.gamma2 * c, inequalities)

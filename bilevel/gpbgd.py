@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from nestopt.linalg import Stopping
@@ -13,40 +12,33 @@ from nestopt.linalg import Stopping
 from .assumptions import Assumptions
 from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Schedule, Watch, schedule_value
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Schedule, raised, ramp, refuse_long_step, schedule_value, secant
 from .problem import Linearization, Problem
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState
 
 __all__ = ["GPBGD", "GPBGDState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPBGDState(PenaltyState):
-    """Where G-PBGD stands.
+class GPBGDState(WatchedState):
+    """Where G-PBGD stands; its gap is |f_y|^2.
 
     Attributes:
         penalty: c.
         slope: F_x + 2 c f_xy f_y.
         slope_y: F_y + 2 c f_yy f_y.
-        gap: |f_y|^2.
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     penalty: Tensor
     slope: Tensor
     slope_y: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class GPBGD(PenaltyMethod):
+class GPBGD(WatchedMethod):
     """Penalty-based bilevel gradient descent on F(x, y) + c |f_y(x, y)|^2.
 
     One step, with c ramped up linearly to its last value:
@@ -67,9 +59,9 @@ class GPBGD(PenaltyMethod):
         penalty: c: a number, a schedule k -> c, or None for a ramp from 1 to 100 times (curvature of F) /
             (curvature of f)^2 over `ramp` steps.
         ramp: steps of the automatic ramp.
-        step_size: a for x and y, below 2 / (L_F + 2 c L_f^2); None watches.
+        step_size: a for x and y, below 2 / (L_F + 2 c L_f^2), or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -78,6 +70,7 @@ class GPBGD(PenaltyMethod):
         Shen & Chen 2023, algorithm 1 with the penalty of section 2.2 (G-PBGD); Mehra & Hamm 2021.
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()
@@ -97,8 +90,6 @@ class GPBGD(PenaltyMethod):
     State: ClassVar[type[MethodState]] = GPBGDState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Shen & Chen 2023", unique=False, products=True)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "penalty", "ramp", "step_size")
 
@@ -108,36 +99,33 @@ class GPBGD(PenaltyMethod):
         Linearization(problem, state.spaces, state.x_vector, state.y_vector, data).check()
         return state
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> GPBGDState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = GPBGDState(
-            **self._fields(oracle, x, y, upper), error=zero, penalty=zero, slope=upper.x, slope_y=upper.y, gap=zero,
-            watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper,
-            lower_curvature=seen.lower,
-        )  # fmt: skip
-        return self._look(oracle, s, x, y, 0)
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> GPBGDState:
+        s = GPBGDState(**shared, penalty=shared["gap"], slope=upper.x, slope_y=upper.y)
+        c = self._penalty(s, 0)
+
+        def slope_y(v: Tensor) -> Tensor:
+            point = Linearization(oracle.problem, oracle.spaces, s.x_vector, v, oracle.data)
+            oracle.counts += Counts(1, 1, 1)
+            slope: Tensor = point.upper_y + 2 * c * (point.hessian @ point.lower_y)
+            return slope
+
+        refuse_long_step(self, "step_size", oracle, slope_y, s.y_vector)
+        return self._look(oracle, s, s.x_vector, s.y_vector, 0)
 
     def _advance(self, oracle: Oracle, s: GPBGDState) -> GPBGDState:
         x, f, c = s.x_vector, s.lower_curvature, s.penalty
-        if self.step_size is not None:
-            (size, watch), size_y = s.watch.fixed(self.step_size), torch.full_like(c, self.step_size)
-        else:
-            size, watch = s.watch.move(oracle, x, s.slope, s.value, s.gap, c, s.residuals["blend"])
-            size_y = 1 / (s.upper_curvature + 2 * c * f.square())
+        size, watch = self._size_in_x(oracle, s, s.slope, c, self.step_size)
+        size_y = 1 / (s.upper_curvature + 2 * c * f.square()) if self.step_size is None else size
         x = oracle.project(x - size * s.slope)
         y = s.y_vector - size_y * s.slope_y
         new = self._look(oracle, replace(s, watch=watch), x, y, int(s.iterations) + 1)
         if self.step_size is not None or bool(size > 0) or bool(new.penalty > c):
             return new
-        seen = oracle.norm(new.slope_y - s.slope_y) / oracle.norm(y - s.y_vector)  # L_F + 2 c L_f^2 along the step
-        raised = ((seen - s.upper_curvature).clamp_min(0.0) / (2 * c)).sqrt()
-        return replace(new, lower_curvature=torch.where(torch.isfinite(raised), torch.maximum(f, raised), f))
+        seen = secant(oracle, new.slope_y - s.slope_y, y - s.y_vector, y)  # L_F + 2 c L_f^2 along the step
+        return replace(new, lower_curvature=raised(f, ((seen - s.upper_curvature).clamp_min(0.0) / (2 * c)).sqrt()))
 
     def _look(self, oracle: Oracle, s: GPBGDState, x: Tensor, y: Tensor, k: int) -> GPBGDState:
-        unit = s.upper_curvature / s.lower_curvature.square()
-        c = schedule_value(self.penalty, unit, lambda i: 1.0 + 99.0 * min(i / self.ramp, 1.0), k)
+        c = self._penalty(s, k)
         point = Linearization(oracle.problem, oracle.spaces, x, y, oracle.data)
         g = point.lower_y
         slope, slope_y = point.upper_x + 2 * c * (point.cross.T @ g), point.upper_y + 2 * c * (point.hessian @ g)
@@ -151,3 +139,6 @@ class GPBGD(PenaltyMethod):
             s, x_vector=x, y_vector=y, penalty=c, slope=slope, slope_y=slope_y, gap=oracle.dot(g, g),
             value=point.upper, residuals=residuals, error=error_of(residuals),
         )  # fmt: skip
+
+    def _penalty(self, s: GPBGDState, k: int) -> Tensor:
+        return schedule_value(self.penalty, s.upper_curvature / s.lower_curvature.square(), ramp(self.ramp), k)

@@ -9,20 +9,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nestopt.implicit import NewtonCG
 from nestopt.linalg import LinearSolver, Status, Stopping
 
 from .assumptions import require
 from .counts import Counts
 from .evaluation import Evaluation, Evaluator
 from .inverses import inverse_name
-from .lower_choice import LowerSolver, lower_level
+from .lower_choice import LowerSolver, SmoothLevel, lower_level
 from .method import Method, MethodState
 from .problem import Problem, Spaces
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
 
-__all__ = ["Accuracy", "ImplicitMethod", "ImplicitState", "upper_tolerance"]
+__all__ = ["REJECTIONS", "Accuracy", "ImplicitMethod", "ImplicitState", "upper_tolerance"]
 
 _RUNNING = Status.RUNNING.code
+REJECTIONS = 3  # in a row, after which inexact solves are no longer trusted
+_TRUSTED = 1e-2  # of the value, that the lower residual at the start may change
 _SINGULAR_TRIALS = 8  # in a row, each shorter than the last: it is not that the first one went too far
 
 
@@ -34,11 +37,14 @@ class Accuracy:
         lower: absolute tolerance of the lower level, None for its solver's own.
         adjoint: relative tolerance of the adjoint system, None for the solver's own.
         enough: adjoint residual that must not stand in the way of the run's end.
+        forcing: fraction of its first residual at which a warm-started solve of a smooth lower level, or of its adjoint
+            system, may stop early, though no sooner than the absolute tolerances say; 0 for none.
     """
 
     lower: float | None
     adjoint: float | None = None
     enough: float = torch.inf
+    forcing: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class ImplicitState(MethodState):
         rule: the upper step rule's memory.
         y_first: raveled y0, where a run without warm starts begins every lower solve.
         singular: trials in a row whose lower Hessian was singular.
+        rejected: trials in a row that were not taken.
         tightening: factor on a schedule of tolerances.
         lower_scale: the lower level's residual at (x0, y0), which relative tolerances multiply.
         upper_scale: the upper residual at x0.
@@ -64,6 +71,7 @@ class ImplicitState(MethodState):
     rule: StepState
     y_first: Tensor
     singular: int = 0
+    rejected: int = 0
     tightening: float = 1.0
     lower_scale: float = 0.0
     upper_scale: float = 0.0
@@ -89,6 +97,19 @@ class ImplicitMethod(Method):
     def _accuracy(self, s: ImplicitState | None, k: int, scale: float) -> Accuracy:
         """What step k has to reach from state s; None at the start, where the lower residual is `scale`."""
 
+    def _tightened(self, tightening: float, rise: float | None = None, slopes: float = 0.0) -> float:
+        """The factor on tolerances after a step.
+
+        Args:
+            tightening: before it.
+            rise: of the value, None where the trial was rejected.
+            slopes: the rise by the trapezoidal rule, from the hypergradients at both ends.
+
+        Returns:
+            The factor.
+        """
+        return 0.5 * tightening if rise is None else tightening
+
     def init(self, problem: Problem, x0: Any, y0: Any, data: Any = None) -> ImplicitState:
         """Check the problem and evaluate it at the projection of x0.
 
@@ -111,21 +132,10 @@ class ImplicitMethod(Method):
         first = self._evaluator(problem, spaces, data, Accuracy(None))
         first.level.check(x, y)
         scale = first.lower_residual(x, y)
-        accuracy = self._accuracy(None, 0, scale)
-        evaluator = self._evaluator(problem, spaces, data, accuracy)
-        e = evaluator.differentiate(evaluator.solve(x, y, accuracy.lower), None)
-        assert e.scale is not None
-        assert e.linear_residual is not None
-        tolerance = upper_tolerance(self.stopping, e.scale)
-        exact = accuracy.lower is None and e.fault is None
-        if exact and (float(e.lower_residual) > 0.1 * tolerance or float(e.linear_residual) > tolerance):
-            again = evaluator.solve(x, e.y, 0.1 * tolerance, e.dual)
-            spent = e.counts
-            e = evaluator.differentiate(again, e.adjoint, tolerance)
-            e = replace(e, counts=spent + e.counts)
+        e, tolerance = self._first(problem, spaces, data, x, y, scale)
         e = replace(e, counts=e.counts + Counts(1, 1))
         assert e.hypergradient is not None
-        rule = self._rule(problem).start(x, e.hypergradient, e.value)
+        rule = self._rule(problem).start(x, e.hypergradient, e.merit)
         state = self._state(problem, spaces, e, rule, tolerance, e.counts, 0, y)
         return replace(state, lower_scale=scale, upper_scale=float(state.residuals["upper"]))
 
@@ -147,17 +157,23 @@ class ImplicitMethod(Method):
         x = problem.project(s.x_vector + s.rule.size * step.direction(s.rule, s.hypergradient), s.spaces)
         dx = x - s.x_vector
         start, dual = (s.y_vector, s.dual) if self.warm_start else (s.y_first, None)
-        e = evaluator.solve(x, start, accuracy.lower, dual)
+        e, inexact = evaluator.solve(x, start, accuracy.lower, dual), evaluator.forcing > 0
         eps = torch.finfo(x.dtype).eps
-        noise = 10 * eps * float(s.value.abs()) + float(s.adjoint.norm() * (e.lower_residual + s.residuals["lower"]))
-        if e.fault is None and step.accepts(s.rule, dx, s.hypergradient, e.value, noise):
+        # F(x, y) - v'f_y has the lower solver's error to second order only
+        value = e.corrected(s.adjoint) if inexact else e.value
+        left = 0.0 if inexact else float(s.adjoint.norm() * (e.lower_residual + s.residuals["lower"]))
+        noise = 10 * eps * float(s.value.abs()) + left
+        if e.fault is None and step.accepts(s.rule, dx, s.hypergradient, value, noise):
             e = evaluator.differentiate(e, s.adjoint if self.warm_start else None, accuracy.enough)
+            if inexact and e.fault is None:
+                e = self._sharpened(problem, s.spaces, float(s.tolerance), e, data)
         if e.fault is None and e.hypergradient is not None:
-            rule = step.after(s.rule, dx, e.hypergradient - s.hypergradient, e.value)
+            rule = step.after(s.rule, dx, e.hypergradient - s.hypergradient, e.merit)
             moved = self._state(problem, s.spaces, e, rule, float(s.tolerance), s.counts + e.counts, k, s.y_first)
-            kept = ("tightening", "lower_scale", "upper_scale")
-            return replace(moved, **{name: getattr(s, name) for name in kept})
-        rule = step.after(s.rule, dx, None, e.value)
+            rise, slopes = float(e.merit - s.rule.values[-1]), float(torch.dot(e.hypergradient + s.hypergradient, dx))
+            tightening = self._tightened(s.tightening, rise, slopes / 2)
+            return replace(moved, tightening=tightening, lower_scale=s.lower_scale, upper_scale=s.upper_scale)
+        rule = step.after(s.rule, dx, None, value)
         stuck = float(rule.size * step.direction(rule, s.hypergradient).norm()) <= 4 * eps * max(
             float(s.x_vector.norm()), eps
         )
@@ -165,10 +181,74 @@ class ImplicitMethod(Method):
         code = _RUNNING
         if stuck or singular >= _SINGULAR_TRIALS:
             code = (e.fault or Status.LINE_SEARCH_FAILED).code
-        return replace(
+        s = replace(
             s, rule=rule, codes=torch.tensor(code), counts=s.counts + e.counts, iterations=s.iterations + 1,
-            singular=singular, tightening=0.5 * s.tightening,
+            singular=singular, rejected=s.rejected + 1, tightening=self._tightened(s.tightening),
         )  # fmt: skip
+        return self._doubted(problem, s, data) if inexact and code == _RUNNING and s.rejected >= REJECTIONS else s
+
+    def _first(
+        self, problem: Problem, spaces: Spaces, data: Any, x: Tensor, y: Tensor, scale: float
+    ) -> tuple[Evaluation, float]:
+        """The evaluation of the start, and the run's tolerance."""
+        accuracy, spent = self._accuracy(None, 0, scale), Counts()
+        evaluator = self._evaluator(problem, spaces, data, accuracy)
+        if evaluator.forcing:
+            e = evaluator.solve(x, y, 0.0)
+            e = evaluator.differentiate(e, None) if e.fault is None else e
+            # a y0 that is far off may leave so much of the residual that even the corrected value means nothing
+            if e.fault is None and bool((e.merit - e.value).abs() <= _TRUSTED * e.value.abs()):
+                assert e.scale is not None
+                tolerance = upper_tolerance(self.stopping, e.scale)
+                return self._sharpened(problem, spaces, tolerance, e, data), tolerance
+            y, spent = e.y if e.fault is None else y, e.counts
+            evaluator = self._evaluator(problem, spaces, data, replace(accuracy, forcing=0.0))
+        e = evaluator.differentiate(evaluator.solve(x, y, accuracy.lower), None)
+        assert e.scale is not None
+        assert e.linear_residual is not None
+        tolerance = upper_tolerance(self.stopping, e.scale)
+        exact = accuracy.lower is None and e.fault is None
+        if exact and (float(e.lower_residual) > 0.1 * tolerance or float(e.linear_residual) > tolerance):
+            spent += e.counts
+            e = evaluator.differentiate(evaluator.solve(x, e.y, 0.1 * tolerance, e.dual), e.adjoint, tolerance)
+        return replace(e, counts=spent + e.counts), tolerance
+
+    def _sharpened(self, problem: Problem, spaces: Spaces, tolerance: float, e: Evaluation, data: Any) -> Evaluation:
+        """The evaluation, made exact where the run would end with it but for its lower or adjoint residual."""
+        residuals = e.residuals(problem, spaces)
+        left = float(residuals["lower"]) > 0.1 * tolerance or float(residuals["adjoint"]) > tolerance
+        if not left or float(residuals["upper"]) > tolerance:
+            return e
+        again = self._exact(problem, spaces, tolerance, (e.x, e.y, e.dual), e.adjoint, data)
+        return replace(again, counts=e.counts + again.counts)
+
+    def _doubted(self, problem: Problem, s: ImplicitState, data: Any) -> ImplicitState:
+        """The state, its point evaluated exactly: trials in a row were worse than what it believes of itself."""
+        point = s.x_vector, s.y_vector, s.dual
+        e = self._exact(problem, s.spaces, float(s.tolerance), point, s.adjoint, data)
+        if e.fault is not None:
+            return replace(s, counts=s.counts + e.counts)
+        rule = replace(s.rule, values=torch.cat([s.rule.values[:-1], e.value[None]]))
+        again = self._state(
+            problem, s.spaces, e, rule, float(s.tolerance), s.counts + e.counts, int(s.iterations), s.y_first
+        )
+        kept = ("singular", "rejected", "tightening", "lower_scale", "upper_scale")
+        return replace(again, **{name: getattr(s, name) for name in kept})
+
+    def _exact(
+        self,
+        problem: Problem,
+        spaces: Spaces,
+        tolerance: float,
+        point: tuple[Tensor, Tensor, Tensor],
+        adjoint: Tensor | None,
+        data: Any,
+    ) -> Evaluation:
+        """The hyperobjective and its gradient at (x, y, dual), to a tenth of the tolerance."""
+        evaluator = self._evaluator(problem, spaces, data, Accuracy(0.1 * tolerance, None, tolerance))
+        x, y, dual = point
+        e = evaluator.solve(x, y, 0.1 * tolerance, dual)
+        return e if e.fault is not None else evaluator.differentiate(e, adjoint, tolerance)
 
     def _rule(self, problem: Problem) -> UpperStep:
         if self.upper_step is not None:
@@ -178,7 +258,16 @@ class ImplicitMethod(Method):
     def _evaluator(self, problem: Problem, spaces: Spaces, data: Any, accuracy: Accuracy) -> Evaluator:
         level = lower_level(problem, spaces, data, self.lower_solver)
         if accuracy.adjoint is None:
-            return Evaluator(level, level.default_linear_solver() if self.linear_solver is None else self.linear_solver)
+            solver = level.default_linear_solver() if self.linear_solver is None else self.linear_solver
+            searches = self.warm_start and isinstance(self._rule(problem), (QuasiNewtonStep, SpectralStep))
+            # Newton steps gain as much from near a solution as from afar; a solver that has to learn curvature does not
+            newton = isinstance(level, SmoothLevel) and isinstance(self.lower_solver, NewtonCG | None)
+            if not (accuracy.forcing and searches and newton):
+                return Evaluator(level, solver)
+            if self.linear_solver is None:
+                enough = 0.0 if accuracy.enough == torch.inf else accuracy.enough
+                solver = level.default_linear_solver(accuracy.forcing, 0.1 * enough)
+            return Evaluator(level, solver, accuracy.forcing, self.linear_solver is None)
         enough = 0.0 if accuracy.enough == torch.inf else accuracy.enough
         if self.linear_solver is None:
             return Evaluator(level, level.default_linear_solver(accuracy.adjoint, enough))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from nestopt.implicit import SGD
@@ -12,7 +13,9 @@ from nestopt.linalg.autodiff import captured_leaves, fresh_leaves, reached_leave
 from nestopt.linalg.guard import describe_captured
 from nestopt.linalg.tree import leaf_paths
 
+from .counts import Counts
 from .inner_steps import InnerSteps, Rule
+from .lipschitz import largest_curvature
 from .problem import Linearization
 
 __all__ = ["check_used", "refuse_step_size"]
@@ -66,24 +69,45 @@ def check_used(point: Linearization, steps: InnerSteps, rule: Rule | None, x: Te
         )
 
 
-def refuse_step_size(owner: str, rule: Rule | None, top: float) -> None:
+def refuse_step_size(
+    owner: str, rule: Rule | None, steps: InnerSteps, x: Tensor, y: Tensor, top: float | None = None
+) -> Counts:
     """Refuse a constant step size that runs away on the curvature seen.
 
     Args:
         owner: the method's name.
         rule: the optimizer.
-        top: largest curvature of f.
+        steps: the inner iteration.
+        x: raveled upper variable.
+        y: raveled lower variable.
+        top: largest curvature of f there; None to look for it by differences of ten gradients.
+
+    Returns:
+        What looking has cost.
 
     Raises:
-        ValueError: with the bound, 2 (1 + momentum) / top.
+        ValueError: with the bound, 2 (1 + momentum) / (top + weight_decay), over 1 - dampening or with nesterov over
+            1 + 2 momentum.
     """
-    if not isinstance(rule, SGD) or rule.nesterov:
-        return
-    if not all(isinstance(v, (int, float)) for v in (rule.lr, rule.momentum)):
-        return
-    bound = 2 * (1 + rule.momentum) / top if top > 0 else math.inf
+    if not isinstance(rule, SGD) or rule.maximize:
+        return Counts()
+    if not all(isinstance(v, (int, float)) for v in (rule.lr, rule.momentum, rule.dampening, rule.weight_decay)):
+        return Counts()
+    # the root of the step's characteristic polynomial that leaves the unit circle first does so at -1
+    share = 1.0
+    if rule.momentum:
+        share = 1 + 2 * rule.momentum if rule.nesterov else 1 - rule.dampening
+    reach = 2 * (1 + rule.momentum) / share if share > 0 else math.inf
+    counts = Counts()
+    if top is None:
+        seen, where = largest_curvature(lambda v: steps.slope(x, v, 0), y)
+        top, counts = float(seen), Counts(lower_gradients=11)
+        if rule.lr * (top + rule.weight_decay) >= reach:  # a product, unlike a difference, never says too much
+            top = float(torch.dot(where, steps.linearize(x, y, 0).hessian @ where))
+    bound = reach / (top + rule.weight_decay) if top > 0 else math.inf
     if rule.lr >= bound:
         raise ValueError(
             f"{owner}: steps of lr {rule.lr:g} with momentum {rule.momentum:g} run away on a lower level of curvature "
             f"{top:.3g}; lr must be below {bound:.3g}, or leave the optimizer out (None), which finds it."
         )
+    return counts

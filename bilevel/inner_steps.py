@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from nestopt.implicit import SGD
 from nestopt.implicit.differentiable_optimizers import DifferentiableOptimizer
 from nestopt.linalg import Status
-from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, products
+from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, products, reached_leaves
 from nestopt.linalg.isolation import RandomState
 from nestopt.linalg.lanczos import extreme_eigenvalues
 from nestopt.linalg.result import all_finite
@@ -25,7 +25,18 @@ from .oracle import Batch, Slopes, part_of
 from .problem import Linearization, Problem, Spaces
 from .stochastic import Draw
 
-__all__ = ["Carry", "InnerSteps", "PerStep", "Rule", "Segment", "automatic_rule", "data_at"]
+__all__ = [
+    "Carry",
+    "InnerSteps",
+    "Look",
+    "PerStep",
+    "Rule",
+    "Segment",
+    "automatic_rule",
+    "curvatures",
+    "curvatures_of",
+    "data_at",
+]
 
 Rule: TypeAlias = DifferentiableOptimizer | Callable[[Any, int], DifferentiableOptimizer]
 
@@ -110,6 +121,24 @@ class Segment:
     fresh: bool = False
 
 
+class Look(NamedTuple):
+    """Both objectives at one point, without a graph.
+
+    Attributes:
+        value: F.
+        upper_x: F_x, raveled; an expanded zero where F does not depend on x.
+        upper_y: F_y, raveled.
+        lower: |f_y|.
+        finite: whether both values and all gradients are.
+    """
+
+    value: Tensor
+    upper_x: Tensor
+    upper_y: Tensor
+    lower: Tensor
+    finite: bool
+
+
 @dataclass(frozen=True)
 class InnerSteps:
     """The inner iteration of one problem with one outer step's data.
@@ -141,17 +170,17 @@ class InnerSteps:
         Returns:
             The next carry, and the slope.
         """
-        y = carry.y if graph else carry.y.detach().requires_grad_()
+        y = carry.y if graph else _leaf(carry.y)
         x = self.spaces.x.build(x_leaves)
         value = self.seeded(lambda: self._objective(x, y, t), t)
         with torch.set_grad_enabled(graph):
-            (slope,) = gradient(value, [y], create_graph=graph)
+            (slope,) = gradient(value, [y], create_graph=graph, keep=graph)
             optimizer = rule if isinstance(rule, DifferentiableOptimizer) else rule(x, t)
             new, memory = optimizer.step(y if graph else y.detach(), slope, carry.memory)
         return Carry(new, memory), slope
 
     def first_carry(self, rule: Rule, x: Tensor, y: Tensor, t: int) -> Carry:
-        """Y with the optimizer's first memory."""
+        """The start y with the optimizer's first memory."""
         optimizer = rule if isinstance(rule, DifferentiableOptimizer) else rule(self.spaces.x.unflatten(x), t)
         return Carry(y, optimizer.init(y))
 
@@ -176,6 +205,7 @@ class InnerSteps:
             t = segment.first + i
             after, slope = self.step(segment.rule, x_leaves, carry, t, graph=False)
             size = float(slope.norm())
+            del slope
             if size <= enough and (self.weight is None or self.weight(t) == 0):
                 return carry, i, size, None
             if not float(after.y.norm()) < limit:  # NaN fails it
@@ -192,17 +222,18 @@ class InnerSteps:
             cotangents: a, for the tensors of the carry after them (of y alone where the rest has none).
 
         Returns:
-            The part of the hypergradient in float64, and the cotangents of the carry before them.
+            The part of the hypergradient, and the cotangents of the carry before them.
         """
-        x_leaves = fresh_leaves(self.spaces.x, self.spaces.x.unflatten(x))
-        inputs = [t.detach().clone().requires_grad_() for t in segment.carry.tensors()]
+        x_leaves = [_leaf(leaf) for leaf in self.spaces.x.split(x)]
+        inputs = [_leaf(t) for t in segment.carry.tensors()]
         end = segment.carry.rebuilt(inputs)
         for i in range(segment.count):
-            end, _ = self.step(segment.rule, x_leaves, end, segment.first + i, graph=True)
+            end = self.step(segment.rule, x_leaves, end, segment.first + i, graph=True)[0]  # the slope is not held
         outputs = end.tensors()[: len(cotangents)]
-        pulled = products(outputs, [*x_leaves, *inputs], [c.to(o) for c, o in zip(cotangents, outputs, strict=True)])
+        along = [c.to(o) for c, o in zip(cotangents, outputs, strict=True)]
+        pulled = products(outputs, [*x_leaves, *inputs], along, keep=False)
         n = len(x_leaves)
-        return self.spaces.x.join(pulled[:n]).double(), pulled[n : n + 1] if segment.fresh else pulled[n:]
+        return self.spaces.x.join(pulled[:n]), pulled[n : n + 1] if segment.fresh else pulled[n:]
 
     def push(self, segment: Segment, x: Tensor, tangent: Tensor) -> tuple[Carry, Tensor, Tensor]:
         """One step with its tangents: Z <- A Z + B, for the whole carry.
@@ -235,12 +266,42 @@ class InnerSteps:
         point: Linearization = self.seeded(lambda: Linearization(self.problem, self.spaces, x, y, self.data_of(t)), t)
         return point
 
+    def look(self, x: Tensor, y: Tensor, t: int) -> Look:
+        """Both objectives' first-order information at (x, y) with the data and the random numbers of inner step t."""
+        found: Look = self.seeded(lambda: self._look(x, y, t), t)
+        return found
+
+    def slope(self, x: Tensor, y: Tensor, t: int) -> Tensor:
+        """f_y with the data and the random numbers of inner step t."""
+        found: Tensor = self.seeded(lambda: self._lower(x, y, self.data_of(t))[1], t)
+        return found
+
     def lower_slopes(self, x: Tensor, y: Tensor, t: int) -> Slopes:
         """The direction's objective at inner step t with its gradients in x and y."""
         oracle = self.problem.oracle(self.spaces, self.data_of(t))
         weight = 0.0 if self.weight is None else self.weight(t)
         slopes: Slopes = self.seeded(lambda: oracle.weighted(x, y, upper=weight or None, lower=1 - weight), t)
         return slopes
+
+    def _look(self, x: Tensor, y: Tensor, t: int) -> Look:
+        data, space = self.data_of(t), self.spaces
+        x_leaves, y_leaves = ([_leaf(leaf) for leaf in part] for part in (space.x.split(x), space.y.split(y)))
+        upper = self._evaluate("upper", space.x.build(x_leaves), space.y.build(y_leaves), data)
+        reached = {id(leaf) for leaf in reached_leaves(upper)}
+        moving = x_leaves if any(id(leaf) in reached for leaf in x_leaves) else []
+        slopes = gradient(upper, [*moving, *y_leaves], keep=False)
+        upper_x = space.x.join(slopes[: len(moving)]) if moving else x.new_zeros(1).expand_as(x)
+        upper_y = space.y.join(slopes[len(moving) :])
+        del slopes
+        lower, slope = self._lower(x, y, data)
+        parts = (upper, lower, upper_x, upper_y, slope)
+        return Look(upper.detach(), upper_x, upper_y, slope.norm(), all(all_finite(part) for part in parts))
+
+    def _lower(self, x: Tensor, y: Tensor, data: Any) -> tuple[Tensor, Tensor]:
+        """The value f and its slope f_y."""
+        leaves = [_leaf(leaf) for leaf in self.spaces.y.split(y)]
+        value = self._evaluate("lower", self.spaces.x.unflatten(x.detach()), self.spaces.y.build(leaves), data)
+        return value.detach(), self.spaces.y.join(gradient(value, leaves, keep=False))
 
     def _objective(self, x: Any, y: Tensor, t: int) -> Tensor:
         data = data_at(self.data, t)
@@ -263,6 +324,12 @@ class InnerSteps:
         places = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
         states = (torch.Generator(p).manual_seed(self.seed * 1_000_003 + t).get_state() for p in places)
         return RandomState(device, tuple(states)).run(call)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    """A new leaf with the tensor's own memory; an inference tensor, which cannot require grad, is copied."""
+    with torch.inference_mode(False):
+        return (t.clone() if t.is_inference() else t.detach()).requires_grad_()
 
 
 def automatic_rule(
@@ -305,3 +372,30 @@ def automatic_rule(
     big, small = math.sqrt(1.02 * top * shorten), math.sqrt(min(least, top))
     root = (big - small) / (big + small)
     return SGD(4 / (big + small) ** 2, momentum=root**2), root, flat, counts
+
+
+def curvatures(rule: SGD) -> tuple[float, float]:
+    """The constants L and m, from Polyak's coefficients of them.
+
+    Args:
+        rule: of `automatic_rule`.
+
+    Returns:
+        The largest and the smallest curvature that it was made for.
+    """
+    return curvatures_of(float(rule.lr), float(rule.momentum))
+
+
+def curvatures_of(lr: float, momentum: float) -> tuple[float, float]:
+    """`curvatures` of plain numbers, NaN where they are.
+
+    Args:
+        lr: of the rule.
+        momentum: of the rule.
+
+    Returns:
+        L and m.
+    """
+    root = math.sqrt(max(momentum, 0.0))
+    total = 2 / math.sqrt(lr)  # sqrt(L) + sqrt(m)
+    return (total * (1 + root) / 2) ** 2 / 1.02, (total * (1 - root) / 2) ** 2

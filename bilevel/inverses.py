@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,9 +28,9 @@ class NamedInverse(LinearSolver):
     """
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What stands for the inverse."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -2,126 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
-from nestopt.constrained import NonNegative, Set
-from nestopt.constrained.sets import Between
 from nestopt.linalg import Status
-from nestopt.linalg.autodiff import products
-from nestopt.linalg.tree import Ravel
+from nestopt.linalg.result import any_of
 
-from .oracle import Oracle
+from .linearized_set import (
+    INFEASIBLE,
+    MAX_ITER,
+    LinearizedSet,
+    Projection,
+    Rows,
+    clip_multipliers,
+    codes_of,
+    each_point,
+    times,
+)  # fmt: skip
 
 __all__ = ["JointSet", "Projection", "Rows"]
 
-_FAR = 1e7  # no point of C within this distance, relative to max(1, |v|): the set counts as empty
 _HALVINGS = 30
-_DAMPINGS = (1e-14, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the Newton steps, relative to |J|^2
+_NAMED = 5  # rows that an error message names one by one
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The scaled constraints' linear model c(w) = J w - offset, inequalities first, with its factorisation.
-
-    Attributes:
-        jacobian: J, of shape (p, n).
-        offset: of shape (p,).
-        basis: Q = transform J with orthonormal rows, which span J's.
-        transform: of shape (rank, p).
-        inequalities: how many rows are <= 0; the others are = 0.
-        affine: whether the model holds everywhere, as far as it was tried.
-    """
-
-    jacobian: Tensor
-    offset: Tensor
-    basis: Tensor
-    transform: Tensor
-    inequalities: int
-    affine: bool
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A projected point.
-
-    Attributes:
-        point: w, raveled.
-        dual: multipliers of the rows.
-        residual: the largest of |w - P_S(v - J'dual)|, the violation, and the complementarity, measured at w.
-        status: CONVERGED; INFEASIBLE where the dual proves that no point is near; MAX_ITER otherwise.
-        rows: the constraints' model at w.
-    """
-
-    point: Tensor
-    dual: Tensor
-    residual: Tensor
-    status: Status
-    rows: Rows
-
-
-class JointSet:
+class JointSet(LinearizedSet):
     """C and its projection, first order only: the user's constraints are differentiated, no model is written.
 
-    With the constraints linear, min |w - v|^2 / 2 over w in S = X x Y with J w - d in K has the dual
-    max over mu (mu_g >= 0) of D(mu), w(mu) = P_S(v - J'mu), D' = J w(mu) - d. Equations alone are solved by a cached
-    factorisation; else semismooth Newton steps on D of the order of the active rows, J P_S' J' mu+ = ..., with a
-    gradient step of size 1/|J|^2 wherever they do not raise D, so that the iteration ends at the projection from
-    anywhere. D > (1e7 max(1, |v|))^2 / 2, met on the way or far along mu, proves that no point of C is within
-    1e7 max(1, |v|) of v: INFEASIBLE. Curved constraints are linearised at the last w until
-    nothing moves: the rate is |mu| |c''|, so that short steps take a few rounds.
+    Affine constraints have one linear model; curved ones are linearised at the last w until nothing moves: the rate is
+    |mu| |c''|, so that short steps take a few rounds.
+
+    `project` and `onto` take one point, (n,), or a batch of them, (*batch, n), whose items end by themselves: one that
+    has no projection, or a NaN, changes no other.
 
     Cost: one backward pass a row for each linearisation (one in all for affine constraints), p^2 n operations and two
     projections onto S a Newton step.
-
-    Args:
-        oracle: of the problem.
-        scales: one positive factor a row.
-        inequalities: how many rows are.
-        tolerance: on the residual, relative to max(1, |v|).
     """
-
-    def __init__(self, oracle: Oracle, scales: Tensor, inequalities: int, tolerance: float | None = None) -> None:
-        self.oracle, self.scales, self.inequalities = oracle, scales, inequalities
-        self.sets = oracle.problem.upper_set is not None or oracle.nonsmooth.present
-        self.split = oracle.spaces.x.size
-        self.tolerance = torch.finfo(scales.dtype).eps ** 0.75 if tolerance is None else tolerance
-        problem, spaces = oracle.problem, oracle.spaces
-        self.bounds = _joined(_bounds(problem.upper_set, spaces.x), _bounds(problem.lower_set, spaces.y))
-
-    def project_sets(self, w: Tensor) -> Tensor:
-        """The nearest point of X x Y."""
-        if not self.sets:
-            return w
-        if self.bounds is not None:
-            return torch.clamp(w, *self.bounds)
-        x, y = w[: self.split], w[self.split :]
-        return torch.cat([self.oracle.project(x), self.oracle.prox(y, 1.0, x)])
 
     def values(self, w: Tensor) -> Tensor:
         """The scaled constraints at w."""
+        if w.ndim > 1:
+            return each_point(self.values, w, self.scales.shape)
         return self.scales * self.oracle.constraints(w[: self.split], w[self.split :])
 
-    def linearize(self, w: Tensor, *, affine: bool = False) -> Rows:
-        """The model of the constraints at w."""
+    def jacobian(self, w: Tensor) -> Tensor:
+        """That of the scaled constraints and, in a last column, their values."""
+        if w.ndim > 1:
+            return each_point(self.jacobian, w, (len(self.scales), w.shape[-1] + 1))
         c, c_x, c_y = self.oracle.constraint_jacobian(w[: self.split], w[self.split :])
-        J = self.scales[:, None] * torch.cat([c_x, c_y], 1)
-        U, s, V = torch.linalg.svd(J, full_matrices=False)
-        keep = s > 1e-10 * s.amax().clamp_min(torch.finfo(s.dtype).tiny) if len(s) else s > 0
-        return Rows(J, J @ w - self.scales * c, V[keep], (U / s.clamp_min(torch.finfo(s.dtype).tiny)).T[keep],
-                    self.inequalities, affine)  # fmt: skip
+        return self.scales[:, None] * torch.cat([c_x, c_y, c[:, None]], 1)
 
-    def is_affine(self, rows: Rows, w: Tensor) -> bool:
-        """Whether the model holds at w to rounding, which affine constraints must pass at every point."""
+    def linearize(self, w: Tensor) -> Rows:
+        """The model of the constraints at w."""
+        both = self.jacobian(w)
+        J, c = both[..., :-1], both[..., -1]
+        p, n = J.shape[-2:]
+        if self.sets or self.inequalities or not p:  # the factorisation serves equations alone
+            basis, transform = J.new_zeros(*J.shape[:-2], 0, n), J.new_zeros(*J.shape[:-2], 0, p)
+        else:
+            finite = torch.isfinite(J).all(-1).all(-1)[..., None, None]
+            U, s, basis = torch.linalg.svd(torch.where(finite, J, 0.0), full_matrices=False)
+            kept = s > 1e-10 * s.amax(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+            basis = torch.where(kept[..., None], basis, 0.0)
+            transform = torch.where(kept, 1 / s, 0.0)[..., None] * U.mT
+        return Rows(J, times(J, w) - c, basis, transform, self.inequalities, False)
+
+    def is_affine(self, rows: Rows, w: Tensor, values: Tensor | None = None) -> Tensor:
+        """Whether the model holds at w to rounding, which affine constraints must pass at every point.
+
+        Args:
+            rows: the model.
+            w: point, or batch of points.
+            values: the scaled constraints there, if they are known.
+
+        Returns:
+            A boolean for each point.
+        """
         eps = torch.finfo(w.dtype).eps
-        size = rows.jacobian.abs() @ w.abs() + rows.offset.abs() + 1
-        return bool(
-            ((self.values(w) - (rows.jacobian @ w - rows.offset)).abs() <= 100 * len(w) ** 0.5 * eps * size).all()
-        )
+        values = self.values(w) if values is None else values
+        size = times(rows.jacobian.abs(), w.abs()) + rows.offset.abs() + 1
+        fits: Tensor = ((values - rows.values(w)).abs() <= 100 * w.shape[-1] ** 0.5 * eps * size).all(-1)
+        return fits
 
     def probe(self, w: Tensor) -> Rows:
         """The model at w, called affine if it holds at two random points, near and a thousand times as far."""
@@ -129,201 +94,167 @@ class JointSet:
         g = torch.Generator().manual_seed(0)
         for size in (1.0, 1e3):
             u = torch.randn(len(w), generator=g, dtype=torch.float64).to(w) * size * w.abs().amax().clamp_min(1.0)
-            if not self.is_affine(rows, w + u):
+            if not bool(self.is_affine(rows, w + u)):
                 return rows
         return replace(rows, affine=True)
 
     def violation(self, c: Tensor) -> Tensor:
         """|(g_+, h)|, the distance of the constraints' values from what they must be."""
-        size: Tensor = torch.cat([c[: self.inequalities].clamp_min(0), c[self.inequalities :]]).norm()
+        size: Tensor = clip_multipliers(c, self.inequalities).norm(dim=-1)
         return size
 
     def project(self, v: Tensor, rows: Rows, rounds: int = 30) -> Projection:
         """The projection of v, with the constraints' model at a nearby point to begin with.
 
         Args:
-            v: raveled (x, y).
-            rows: the model.
+            v: raveled (x, y), of shape (*batch, n).
+            rows: the model, one for all points or one for each.
             rounds: linearisations of curved constraints.
 
         Returns:
             The Projection, whose residual is measured with the constraints as they are.
         """
         found = self.onto(v, rows)
-        if found.status == Status.INFEASIBLE or not len(rows.offset):
+        if not rows.offset.shape[-1]:
             return found
-        if rows.affine and self.is_affine(rows, found.point):
+        if not rows.affine:
+            return self._curved(v, found, torch.ones_like(found.codes, dtype=torch.bool), rounds)
+        values = self.values(found.point)
+        found = replace(found, values=values)
+        bent = ~self.is_affine(rows, found.point, values) & (found.codes != INFEASIBLE)
+        bent = bent & torch.isfinite(found.point).all(-1)
+        if not any_of(bent):
             return found
-        limit = self.tolerance * max(1.0, float(v.norm()))
-        last = torch.inf
-        for _ in range(rounds):
-            rows = self.linearize(found.point)
-            residual = self._residual(v, found.point, found.dual, rows)
-            if not bool(residual > limit) or residual > 10 * last:
-                return Projection(found.point, found.dual, residual, _code(residual, limit), rows)
-            last = min(last, float(residual))
-            found = self.onto(v, rows)
-            if found.status == Status.INFEASIBLE:  # of the linear model only: a curved set may have points
-                return replace(found, status=Status.MAX_ITER)
-        return found
+        return self._curved(v, replace(found, rows=replace(rows, affine=False)), bent, rounds)
+
+    def _curved(self, v: Tensor, found: Projection, bent: Tensor, rounds: int) -> Projection:
+        """The projection of the items whose constraints are bent, linearised again and again; others as they are."""
+        batch = v.shape[:-1]
+
+        def flat(part: Tensor) -> Tensor:
+            return part.reshape(-1, *part.shape[len(batch) :])
+
+        now, v, on, last = found.each(flat, found.rows.each(flat)), flat(v), flat(bent), v.new_tensor(torch.inf)
+        items = list(range(len(on)))
+        ended: dict[int, Projection] = {}
+        for k in range(rounds + 1):
+            ended |= {items[j]: now.item(j) for j in (~on).nonzero()[:, 0].tolist()}
+            if not any_of(on):
+                break
+            items = [items[j] for j in on.nonzero()[:, 0].tolist()]
+            v, last = v[on], last[on] if last.ndim else last
+            rows = now.rows.each(_taking(on))
+            now = self.onto(v, rows) if k else now.each(_taking(on), rows)
+            lost = now.codes == INFEASIBLE  # the linear model only: a curved set may have points
+            rows, limit = self.linearize(now.point), self._limit(v)
+            residual = self._residual(v, now.point, now.dual, rows)
+            values = rows.values(now.point)
+            now = replace(now, residual=residual, codes=codes_of(residual, limit), rows=rows, values=values)
+            on = (residual > limit) & ~lost & ~(residual > 10 * last) & torch.tensor(k < rounds - 1, device=v.device)
+            last = torch.minimum(last, residual)
+        every = [ended[i] for i in range(len(ended))]
+
+        def joined(name: str, of: list[Any]) -> Tensor:
+            parts = [getattr(one, name) for one in of]
+            return torch.stack(parts).reshape(batch + parts[0].shape)
+
+        models = [one.rows for one in every]
+        names = "jacobian", "offset", "basis", "transform"
+        jacobian, offset, basis, transform = (joined(name, models) for name in names)
+        return Projection(
+            joined("point", every), joined("dual", every), joined("residual", every), joined("codes", every),
+            Rows(jacobian, offset, basis, transform, self.inequalities, False), joined("values", every),
+        )  # fmt: skip
+
+    def retract(self, v: Tensor, rows: Rows, rounds: int = 20) -> Projection:
+        """P_C(v) for affine constraints; for curved ones a point of C that is as near to second order.
+
+        Gauss-Newton steps from the projection onto the model at hand: they converge quadratically, where those of
+        `project` converge at the rate |mu| |c''|.
+
+        Args:
+            v: raveled (x, y), one point.
+            rows: the model at a nearby point of C.
+            rounds: steps.
+
+        Returns:
+            The Projection; MAX_ITER where a full step does not lower the violation, as v is too far for the model.
+        """
+        found = self.onto(v, rows)
+        if not rows.offset.shape[-1]:
+            return found
+        if rows.affine:
+            values = self.values(found.point)
+            if found.status != Status.CONVERGED or bool(self.is_affine(rows, found.point, values)):
+                return replace(found, values=values)
+        w, limit = found.point, self._limit(v)
+        w, rows, size = self._gauss_newton(w, self.linearize(w), limit, rounds, 0)
+        return Projection(w, found.dual, size, codes_of(size, limit), rows, rows.values(w))
 
     def feasible(self, v: Tensor, rounds: int = 100) -> Projection:
         """A point of C near v: the projection for affine constraints, Gauss-Newton steps onto curved ones.
 
         Args:
-            v: raveled (x, y).
+            v: raveled (x, y), one point.
             rounds: steps.
 
         Returns:
-            The Projection; INFEASIBLE where the violation stops falling at a point that is no solution.
+            The Projection; INFEASIBLE where the violation stops falling at a point that is no solution, with the
+            violations there as its dual.
         """
         w = self.project_sets(v)
         rows = self.probe(w)
-        found = self.onto(v if rows.affine else w, rows)
-        if rows.affine and found.status == Status.CONVERGED and self.is_affine(rows, found.point):
-            return found
-        rows = replace(rows, affine=False)
-        limit, before = self.tolerance * max(1.0, float(v.norm())), self.violation(self.values(w))
+        if rows.affine:
+            found = self.onto(v, rows)
+            values = self.values(found.point)
+            ended = found.status in (Status.CONVERGED, Status.INFEASIBLE)
+            if ended and bool(self.is_affine(rows, found.point, values)):
+                return replace(found, values=values)
+            rows = replace(rows, affine=False)
+        limit = self._limit(v)
+        w, rows, size = self._gauss_newton(w, rows, limit, rounds, _HALVINGS)
+        values, codes = rows.values(w), codes_of(size, limit)
+        codes = torch.where(codes == MAX_ITER, INFEASIBLE, codes)
+        return Projection(w, clip_multipliers(values, self.inequalities), size, codes, rows, values)
+
+    def _gauss_newton(
+        self, w: Tensor, rows: Rows, limit: Tensor, rounds: int, halvings: int
+    ) -> tuple[Tensor, Rows, Tensor]:
+        """Steps of w in S onto its linearised C until the violation is within the limit, or no longer falls."""
+        size = self.violation(rows.values(w))
         for _ in range(rounds):
-            step, t = found.point - w, 1.0
-            while True:  # S is convex, so every point of the segment stays in it
+            if not bool(size > limit):
+                break
+            step, t = self.nearest(w, rows) - w, 1.0
+            for _ in range(halvings + 1):  # S is convex, so every point of the segment stays in it
                 trial = w + t * step
-                after = self.violation(self.values(trial))
-                if bool(after <= (1 - 1e-4 * t) * before) or t < 2.0**-_HALVINGS:
+                model = None if halvings else self.linearize(trial)
+                after = self.violation(self.values(trial) if model is None else model.values(trial))
+                if bool(after <= (1 - 1e-4 * t) * size):
                     break
                 t = t / 2
-            if not bool(after < before):
+            if not bool(after < size):
                 break
-            w, before = trial, after
-            rows = self.linearize(w)
-            if before <= limit:
-                return Projection(w, found.dual, before, Status.CONVERGED, rows)
-            found = self.onto(w, rows)
-        code = _code(before, limit)
-        return Projection(w, found.dual, before, code if code == Status.CONVERGED else Status.INFEASIBLE, rows)
+            w, rows, size = trial, self.linearize(trial) if model is None else model, after
+        return w, rows, size
 
-    def onto(self, v: Tensor, rows: Rows) -> Projection:
-        """The projection onto S and the linear model of the constraints.
+    def conflict(self, found: Projection) -> str:
+        """The rows that contradict each other, by name, of a Projection that is INFEASIBLE.
 
         Args:
-            v: raveled (x, y).
-            rows: the model.
+            found: of one point.
 
         Returns:
-            The Projection, its residual measured in the model.
+            A part of a sentence.
         """
-        limit = self.tolerance * max(1.0, float(v.norm()))
-        if not len(rows.offset):
-            return Projection(self.project_sets(v), rows.offset, v.new_zeros(()), Status.CONVERGED, rows)
-        if not self.sets and not rows.inequalities:
-            target = rows.transform @ rows.offset
-            gap = rows.basis @ v - target
-            w = v - rows.basis.T @ gap
-            w = w - rows.basis.T @ (rows.basis @ w - target)  # a far v leaves a rounding error
-            residual = (rows.jacobian @ w - rows.offset).norm()
-            code = _code(residual, limit)
-            return Projection(w, rows.transform.T @ gap, residual, code if code == Status.CONVERGED else
-                              Status.INFEASIBLE, rows)  # fmt: skip
-        return self._dual_newton(v, rows, limit)
-
-    def _dual_newton(self, v: Tensor, rows: Rows, limit: float) -> Projection:
-        J, m = rows.jacobian, rows.inequalities
-        size = (J @ J.T).diagonal().sum().clamp_min(torch.finfo(v.dtype).tiny)  # at least |J|^2
-        reach = _FAR * max(1.0, float(v.norm()))
-        mu = v.new_zeros(len(J))
-        w, slope, value = self._dual(v, rows, mu)
-        for k in range(200):
-            residual = _complementarity(mu, slope, m)
-            if not bool(residual > limit):
-                return Projection(w, mu, residual, _code(residual, limit), rows)
-            if bool(value > reach**2 / 2) or (k % 20 == 19 and self._empty(v, rows, mu, reach)):
-                return Projection(w, mu, residual, Status.INFEASIBLE, rows)
-            on = torch.ones(len(J), dtype=torch.bool, device=v.device)
-            on[:m] = mu[:m] + slope[:m] > 0
-            C, base = J[on], torch.where(on, mu, 0.0)
-            moved = self._derivative(v - J.T @ mu, C)
-            H = (moved @ C.T + C @ moved.T) / 2
-            right = slope[on] + moved @ (J[~on].T @ mu[~on])  # what the rows that leave give back
-            eye = size * torch.eye(len(C), dtype=v.dtype, device=v.device)
-            for damping in _DAMPINGS:  # the last is a step of at most the gradient's, which D cannot refuse
-                trial = base.clone()
-                trial[on] += torch.linalg.solve(H + damping * eye, right)
-                trial = _signed(trial if damping < 1 else mu + slope / size, m)
-                w_, slope_, value_ = self._dual(v, rows, trial)
-                gain = 1e-4 * torch.dot(slope, trial - mu) - 1e-14 * value.abs()
-                if bool(value_ >= value + gain):
-                    break
-            mu, w, slope, value = trial, w_, slope_, value_
-        residual = _complementarity(mu, slope, m)
-        return Projection(w, mu, residual, _code(residual, limit), rows)
-
-    def _empty(self, v: Tensor, rows: Rows, mu: Tensor, reach: float) -> bool:
-        """Whether D grows beyond the reach along mu, by more than rounding."""
-        far = mu * (1e6 * reach**2 / mu.norm().clamp_min(torch.finfo(v.dtype).tiny))
-        w, slope, value = self._dual(v, rows, far)
-        terms = (rows.jacobian.abs() @ w.abs() + rows.offset.abs()) @ far.abs()
-        return bool(value > reach**2 / 2) and bool(torch.dot(far, slope) > 1e-8 * terms)
-
-    def _dual(self, v: Tensor, rows: Rows, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        w = self.project_sets(v - rows.jacobian.T @ mu)
-        slope = rows.jacobian @ w - rows.offset
-        return w, slope, (w - v).square().sum() / 2 + torch.dot(mu, slope)
-
-    def _derivative(self, u: Tensor, C: Tensor) -> Tensor:
-        """C P_S'(u)."""
-        if not self.sets:
-            return C
-        if self.bounds is not None:
-            return torch.where((u > self.bounds[0]) & (u < self.bounds[1]), C, 0.0)
-        leaf = u.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            image = self.project_sets(leaf)
-        return products([image], [leaf], [C], batched=True)[0]
-
-    def _residual(self, v: Tensor, w: Tensor, mu: Tensor, rows: Rows) -> Tensor:
-        stationarity = (w - self.project_sets(v - rows.jacobian.T @ mu)).norm()
-        return torch.maximum(stationarity, _complementarity(mu, rows.jacobian @ w - rows.offset, rows.inequalities))
+        weights = found.dual.abs()
+        on = (weights > 1e-6 * weights.amax()).nonzero()[:, 0].tolist()
+        names = self.oracle.constraint_names(found.point[: self.split], found.point[self.split :])
+        rest = f" and {len(on) - _NAMED} more" if len(on) > _NAMED else ""
+        within = " within the sets of x and y" if self.sets else ""
+        return f"{', '.join(names[i] for i in on[:_NAMED])}{rest}{within}"
 
 
-def _bounds(sets: Any, ravel: Ravel) -> tuple[Tensor, Tensor] | None:
-    """The bounds of a pytree of boxes and Nones as two vectors; None where another set is among them."""
-    shapes = ravel.shapes
-    each = (
-        [sets] * len(shapes) if sets is None or isinstance(sets, Set) else optree.tree_leaves(sets, none_is_leaf=True)
-    )
-    low, high = [], []
-    for one, shape in zip(each, shapes, strict=True):
-        x = torch.zeros(shape, dtype=ravel.dtype, device=ravel.device)
-        if one is None:
-            pair = x - torch.inf, x + torch.inf
-        elif isinstance(one, NonNegative):
-            pair = x, x + torch.inf
-        elif isinstance(one, Between) and shape:
-            pair = one._bounds(x)
-        elif isinstance(one, Between):
-            pair = one._bounds(x[None])
-        else:
-            return None
-        low.append(pair[0].expand(shape or (1,)).reshape(-1))
-        high.append(pair[1].expand(shape or (1,)).reshape(-1))
-    return torch.cat(low), torch.cat(high)
-
-
-def _joined(first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    if first is None or second is None:
-        return None
-    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
-
-
-def _signed(mu: Tensor, inequalities: int) -> Tensor:
-    return torch.cat([mu[:inequalities].clamp_min(0), mu[inequalities:]])
-
-
-def _complementarity(mu: Tensor, c: Tensor, inequalities: int) -> Tensor:
-    """|(min(mu_g, -g), h)|."""
-    size: Tensor = torch.cat([torch.minimum(mu[:inequalities], -c[:inequalities]), c[inequalities:]]).norm()
-    return size
-
-
-def _code(residual: Tensor, limit: float) -> Status:
-    return Status.CONVERGED if bool(residual <= limit) else Status.MAX_ITER
+def _taking(items: Tensor) -> Callable[[Tensor], Tensor]:
+    """Some items of a batch, as a change of its tensors."""
+    return lambda part: part[items]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ class LowerLevel(ABC):
         Linearization(self.problem, self.spaces, x, y, self.data).check_twice_differentiable()
 
     def objective(self, x: Tensor, upper_weight: float = 0.0) -> Callable[[Any], Tensor]:
-        """Y -> f(x, y) + weight F(x, y), y in its structure."""
+        """The map y -> f(x, y) + weight F(x, y), y in its structure."""
         x_tree = self.spaces.x.unflatten(x)
 
         def total(y_tree: Any) -> Tensor:
@@ -173,6 +173,19 @@ class SmoothLevel(LowerLevel):
         counts = Counts(solved.gradients if upper_weight else 0, solved.gradients, solved.products, 1)
         y = self.spaces.y.flatten(solved.x)
         return LowerSolution(y, y.new_zeros(0), torch.as_tensor(solved.error).to(y), outcome(solved), counts)
+
+    def loosened(self, rtol: float, atol: float) -> SmoothLevel:
+        """The same level, whose solver without a tolerance of the call stops at max(rtol |f_y(x, y0)|, atol).
+
+        Args:
+            rtol: relative to the slope where the solve begins.
+            atol: absolute.
+
+        Returns:
+            The level.
+        """
+        minimizer = NewtonCG() if self.solver is None else self.solver
+        return replace(self, solver=replace(minimizer, rtol=rtol, atol=atol))
 
     def linearize(self, x: Tensor, y: Tensor, dual: Tensor) -> Linearization:
         """See `LowerLevel.linearize`."""

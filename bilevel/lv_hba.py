@@ -13,12 +13,10 @@ from torch import Tensor
 from nestopt.linalg import Status, Stopping
 
 from .assumptions import Assumptions
-from .coupled import CoupledMethod, CoupledState, Gap
+from .coupled import CoupledMethod, CoupledState, Gap, Moved
 from .inner_minimizer import Inner, keep_dual
 from .joint_projection import JointSet, Rows
-from .method import Method, MethodState
 from .oracle import Oracle
-from .value_difference import ValueDifference
 
 __all__ = ["LVHBA"]
 
@@ -41,9 +39,10 @@ class LVHBA(CoupledMethod):
     still needs, (x, y, z) takes quasi-Newton steps along C, with an Armijo test on F / c + f - v, and c grows where F
     outruns the gap, and, without a second stage, until the bias is below the tolerance. P_C needs no modelling
     language: see `JointSet`; constraints count as affine when a numerical test says so, which every projection repeats.
+    Automatic steps end on a curved C at a point that is as near as P_C's to second order, by Gauss-Newton steps.
 
     `error` is the largest of "upper", the projected step of F + c (f - v) on the linearised C, "inner", c times the
-    residual of th, "dual", |lam - z| / gamma2, "lower", |y - th| / gamma1, which is zero exactly where y solves the
+    residual of th, "dual", c |lam - z| / gamma2, "lower", |y - th| / gamma1, which is zero exactly where y solves the
     lower level and else is the penalty's bias, and "feasibility", |(g_+, h)|, all measured at the point returned, rows
     scaled; CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol), with the scale at the start. A start from which
     no point of C is found ends as INFEASIBLE; a multiplier at its clip for 100 steps as DIVERGED, with `state.advice`.
@@ -86,20 +85,6 @@ class LVHBA(CoupledMethod):
         ('CONVERGED', [1.0, 1.0, 2.0])
     """
 
-    gamma1: float = 1.0
-    gamma2: float = 1.0
-    c0: float = 1.0
-    power: float = 0.3
-    c_max: float = 1e8
-    radius: float = 1e3
-    step_size: float | None = None
-    inner_step_size: float | None = None
-    dual_step_size: float | None = None
-    scale_rows: bool = True
-    debias: Method | None = ValueDifference()
-    stopping: Stopping = Stopping(rtol=None, max_iter=2000)
-
-    State: ClassVar[type[MethodState]] = CoupledState
     assumptions: ClassVar[Assumptions] = Assumptions(
         "penalty", "Yao, Yu, Zeng & Zhang 2024", lower_set=True, inequality=True, equality=True, unique=False
     )
@@ -139,12 +124,12 @@ class LVHBA(CoupledMethod):
 
     def published_step(
         self, oracle: Oracle, joint: JointSet, s: CoupledState, c: Tensor
-    ) -> tuple[Tensor, Rows, Tensor, Inner]:
+    ) -> tuple[Moved, Tensor, Inner]:
         """One iteration of the paper."""
         assert self.step_size is not None
         assert self.inner_step_size is not None
         assert self.dual_step_size is not None
-        x, y, eta, m = s.x_vector, s.y_vector, self.inner_step_size, s.rows.inequalities
+        x, y, eta, m = s.x_vector, s.y_vector, self.inner_step_size, s.inequalities
         seen: dict[str, Tensor] = {}
         old = oracle.weighted(x, s.theta, lower=1.0, dual=keep_dual(seen, s.scales, s.multiplier))
         theta = oracle.prox(s.theta - eta * (old.y + (s.theta - y) / self.gamma1), eta, x)
@@ -156,7 +141,8 @@ class LVHBA(CoupledMethod):
         found = joint.project(w, s.rows)
         z = self.clip(s.anchor + self.dual_step_size * (lam - s.anchor) / self.gamma2, m)
         residual = (theta - s.theta).norm() / eta
-        return found.point, found.rows, z, Inner(theta, lam, seen["values"], there, residual, s.curvature)
+        moved = Moved(found.point, found.rows, found.values)
+        return moved, z, Inner(theta, lam, seen["values"], there, residual, s.curvature)
 
     def inner_dual(self, z: Tensor, inequalities: int) -> Callable[[Tensor], Tensor]:
         """Lam = P_Z(z + gamma2 c), the maximiser."""
@@ -171,11 +157,11 @@ class LVHBA(CoupledMethod):
         slope = torch.cat([lower.x - inner.slopes.x, lower.y - away, -pull])
         return Gap(lower.value - v, slope, away.norm(), pull.norm())
 
-    def move(self, joint: JointSet, w: Tensor, rows: Rows) -> tuple[Tensor, Rows] | None:
-        """P_C."""
-        found = joint.project(w, rows)
-        return (found.point, found.rows) if found.status == Status.CONVERGED else None
+    def move(self, joint: JointSet, w: Tensor, rows: Rows) -> Moved | None:
+        """P_C where C is affine, else the point of C that Gauss-Newton steps from the linearised P_C lead to."""
+        found = joint.retract(w, rows)
+        return Moved(found.point, found.rows, found.values) if found.status == Status.CONVERGED else None
 
     def tangent(self, joint: JointSet, v: Tensor, rows: Rows) -> Tensor:
         """The projection onto the linearised C."""
-        return joint.onto(v, rows).point
+        return joint.nearest(v, rows)

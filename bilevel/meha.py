@@ -11,12 +11,12 @@ from torch import Tensor
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Growth, Schedule, TwoPoints, Watch, schedule_value
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Growth, Schedule, TwoPoints, raised, refuse_long_step, schedule_value, secant
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState
 
 __all__ = ["MEHA", "MEHAState"]
 
@@ -29,32 +29,24 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEHAState(PenaltyState):
-    """Where MEHA stands.
+class MEHAState(WatchedState):
+    """Where MEHA stands; its gap is f + h at y, less f + h + |theta - y|^2 / (2 gamma) at theta.
 
     Attributes:
         auxiliary: theta, raveled.
         penalty: c.
         upper_slopes: F_x at (x, y).
         lower_slopes: f_x + h_x at (x, y).
-        envelope: f + h at y, less f + h + |theta - y|^2 / (2 gamma) at theta.
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     penalty: Tensor
     upper_slopes: Tensor
     lower_slopes: Tensor
-    envelope: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class MEHA(PenaltyMethod):
+class MEHA(WatchedMethod):
     """Moreau-envelope based Hessian-free method, for f weakly convex in y plus a term h(x, y) with a prox.
 
     The lower level is replaced by f + h - v <= 0 with the envelope v(x, y) = min over theta of f(x, theta) +
@@ -82,9 +74,9 @@ class MEHA(PenaltyMethod):
             any gamma, and is faster with a large one: 10 / L_f and more.
         upper_step_size: alpha; None watches.
         lower_step_size: beta, below 2 / (L_f + 1 / gamma + L_F / c); None watches.
-        auxiliary_step_size: eta, below 2 / (L_f + 1 / gamma); None watches.
+        auxiliary_step_size: eta, below 2 / (L_f + 1 / gamma), or it is refused where h is zero; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision. Raise max_iter with
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision. Raise max_iter with
             debias=None, to tens of thousands.
 
     Raises:
@@ -118,8 +110,6 @@ class MEHA(PenaltyMethod):
         "penalty", "Liu et al. 2024", lower_set=True, lower_prox=True, unique=False
     )
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "penalty", "gamma", "upper_step_size", "lower_step_size", "auxiliary_step_size")
 
@@ -149,15 +139,12 @@ class MEHA(PenaltyMethod):
         alpha, beta, eta, gamma, c0, p = _PUBLISHED[name]
         return cls(Growth(c0, power=p), gamma, alpha, beta, eta, debias, Stopping(rtol=None, max_iter=max_iter))
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> MEHAState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = MEHAState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=self._penalty(seen, 0),
-            upper_slopes=upper.x, lower_slopes=x, envelope=zero, watch=Watch.start(oracle, x, y, upper),
-            upper_curvature=seen.upper, lower_curvature=seen.lower,
-        )  # fmt: skip
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> MEHAState:
+        x, y = shared["x_vector"], shared["y_vector"]
+        s = MEHAState(**shared, auxiliary=y, penalty=shared["gap"], upper_slopes=upper.x, lower_slopes=x)
+        gamma = self._gamma(s)
+        if not oracle.nonsmooth.present:
+            refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1] + v / gamma, y)
         return self._measured(oracle, s, x, y, y, 0)
 
     def _advance(self, oracle: Oracle, s: MEHAState) -> MEHAState:
@@ -168,23 +155,18 @@ class MEHA(PenaltyMethod):
         first = oracle.lower_y(x, s.auxiliary)[1]
         theta = oracle.prox(s.auxiliary - eta * (first + (s.auxiliary - y) / gamma), eta, x)
         there = oracle.lower(x, theta)
-        step = oracle.norm(theta - s.auxiliary)
-        seen = oracle.norm(there.y - first) / step
-        f = torch.where(torch.isfinite(seen), torch.maximum(f, seen), f)
+        f = raised(f, secant(oracle, there.y - first, theta - s.auxiliary, theta))
         slope = s.upper_slopes / c + s.lower_slopes - there.x - oracle.term_x(x, theta)
-        if self.upper_step_size is not None:
-            alpha, watch = s.watch.fixed(self.upper_step_size)
-        else:
-            lag = s.residuals["auxiliary"] + s.residuals["blend"]
-            size, watch = s.watch.move(oracle, x, c * slope, s.value, s.envelope, c, lag)
-            alpha = c * size
+        size, watch = self._size_in_x(oracle, s, c * slope, c, self.upper_step_size)
+        alpha = size if self.upper_step_size is not None else c * size
         x = oracle.project(x - alpha * slope)
         blend = oracle.weighted(x, y, upper=1 / c, lower=1.0)
         y = oracle.prox(y - beta * (blend.y - (y - theta) / gamma), beta, x)
         return self._measured(oracle, replace(s, lower_curvature=f, watch=watch), x, y, theta, int(s.iterations) + 1)
 
     def _measured(self, oracle: Oracle, s: MEHAState, x: Tensor, y: Tensor, theta: Tensor, k: int) -> MEHAState:
-        c, gamma = self._penalty(Curvatures(s.upper_curvature, s.lower_curvature), k), self._gamma(s)
+        c = schedule_value(self.penalty, s.curvatures.unit, Growth(10.0, power=0.49), k)
+        gamma = self._gamma(s)
         p, pull = TwoPoints.at(oracle, x, y, theta), (y - theta) / gamma
         slope = p.upper.x + c * p.gap_x
         residuals = p.residuals(oracle, x, y, theta, slope, c)
@@ -192,12 +174,9 @@ class MEHA(PenaltyMethod):
         residuals["blend"] = c * oracle.lower_residual(x, y, p.upper.y / c + p.lower.y - pull)
         return replace(
             s, x_vector=x, y_vector=y, auxiliary=theta, penalty=c, upper_slopes=p.upper.x,
-            lower_slopes=p.lower.x + oracle.term_x(x, y), envelope=p.gap - gamma / 2 * oracle.dot(pull, pull),
+            lower_slopes=p.lower.x + oracle.term_x(x, y), gap=p.gap - gamma / 2 * oracle.dot(pull, pull),
             value=p.upper.value, residuals=residuals, error=error_of(residuals),
         )  # fmt: skip
-
-    def _penalty(self, seen: Curvatures, k: int) -> Tensor:
-        return schedule_value(self.penalty, seen.unit, Growth(10.0, power=0.49), k)
 
     def _gamma(self, s: Any) -> Tensor:
         return 0.5 / s.lower_curvature if self.gamma is None else torch.full_like(s.lower_curvature, self.gamma)

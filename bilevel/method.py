@@ -19,7 +19,7 @@ from .held import HeldCheck, measure
 from .inverses import advised
 from .problem import Problem, Spaces
 
-__all__ = ["BilevelResult", "Counts", "Method", "MethodState"]
+__all__ = ["BilevelResult", "Counts", "Method", "MethodState", "check_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,8 @@ class BilevelResult(Result):
         try:
             return super().unwrap()
         except SolverError as error:
-            raise SolverError(advised(error), self) from None
+            more = "" if self.method is None else self.method.advice(self.state)
+            raise SolverError(" ".join(part for part in (advised(error), more) if part), self) from None
 
 
 class Method(ABC):
@@ -167,6 +168,7 @@ class Method(ABC):
         check_every: int | None = None,
     ) -> BilevelResult:
         """Run the method; see `bilevel.solve` for the arguments."""
+        check_run(type(self).__name__, data, callbacks)
         history = History()
         callbacks = (history, *callbacks)
         run = Run(self, problem, x0, y0, history)
@@ -187,13 +189,10 @@ class Method(ABC):
         if state is None:
             state = self.init(problem, x0, y0, batch(0))
             state = state if check is None else check.now(state)
-        state = iterate(
-            step,
-            state,
-            max_iter=max(self.max_steps - int(state.iterations), 0),
-            tolerance=state.tolerance,
-            callbacks=callbacks,
-        )
+        limit, tolerance = max(self.max_steps - int(state.iterations), 0), state.tolerance
+        first = [state]
+        del state  # this frame would hold the start's vectors through the run
+        state = iterate(step, first.pop(), max_iter=limit, tolerance=tolerance, callbacks=callbacks)
         state = state if check is None else check.finish(state)
         for callback in callbacks:
             if isinstance(callback, Callback):
@@ -212,6 +211,17 @@ class Method(ABC):
             method=self,
             state=state,
         )
+
+    def advice(self, state: Any) -> str:
+        """What a run that did not converge says beyond its status.
+
+        Args:
+            state: its last.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        return ""
 
     @property
     def max_steps(self) -> int:
@@ -245,3 +255,25 @@ class Method(ABC):
         state = self.State.from_dict(saved, Spaces.of(x0, y0), self.parts)
         resumed = torch.where(state.codes == Status.MAX_ITER.code, Status.RUNNING.code, state.codes)
         return replace(state, codes=resumed)
+
+
+def check_run(owner: str, data: Any, callbacks: Any) -> None:
+    """Refuse data and callbacks that cannot be called.
+
+    Args:
+        owner: who asks.
+        data: k -> batch, or None.
+        callbacks: of (iteration, state).
+
+    Raises:
+        TypeError: naming the argument, and how it is passed.
+    """
+    if data is not None and not callable(data):
+        raise TypeError(
+            f"{owner}: data must be a function k -> batch, such as bilevel.Batches(...) or bilevel.FromLoader(loader), "
+            f"but got {type(data).__name__}."
+        )
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(
+            f"{owner}: callbacks must be a list of them, but got {type(callbacks).__name__}; write callbacks=[...]."
+        )

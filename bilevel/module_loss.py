@@ -56,8 +56,10 @@ class Policy:
                 raise ValueError(f"{OWNER}: {name} must be one of {get_args(kind)}, but got {getattr(self, name)!r}.")
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"{OWNER}: autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}.")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"{OWNER}: micro_batch must be at least 1, or None, but got {self.micro_batch}.")
+        if self.micro_batch is not None and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+            raise ValueError(
+                f"{OWNER}: micro_batch must be a number of samples, at least 1, or None, but got {self.micro_batch!r}."
+            )
 
 
 class Modules(nn.Module):

@@ -187,14 +187,14 @@ def from_modules(
         The problem, with x0, y0, data, `copy_to` and the statistics' methods.
 
     Raises:
-        TypeError: for something else than modules or losses.
+        TypeError: for something else than modules, losses or loaders.
         ValueError: for unknown policies, no trainable parameter, a parameter in both modules, or autocast of parameters
             that are not float32.
 
     Example:
         One penalty a weight of a classifier, learnt on held-out data:
 
-        >>> from nestopt import bilevel
+        >>> from nestopt import bilevel, linalg
         >>> X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
         >>> t = (X[:, 0] > 0).long()
         >>> train, valid = (DataLoader(list(zip(X[i::2], t[i::2])), batch_size=20) for i in (0, 1))
@@ -206,7 +206,8 @@ def from_modules(
         ...     decay = sum((penalties[n].exp() * p**2).sum() for n, p in model.named_parameters())
         ...     return nn.functional.cross_entropy(model(batch[0]), batch[1]) + decay
         >>> problem = bilevel.from_modules(penalties, model, upper_loss, lower_loss, train, valid)
-        >>> res = bilevel.solve(problem, problem.x0, problem.y0, data=problem.data)
+        >>> method = bilevel.AID(stopping=linalg.Stopping(rtol=0.1))
+        >>> res = bilevel.solve(problem, problem.x0, problem.y0, method, data=problem.data)
         >>> problem.copy_to(res)
         >>> bool((penalties["weight"][:, 0] < penalties["weight"][:, 1]).all())
         True
@@ -216,6 +217,12 @@ def from_modules(
             raise TypeError(
                 f"from_modules: {name} must be a function (upper_module, lower_module, batch) -> scalar, but got "
                 f"{type(loss).__name__}."
+            )
+    for name, loader in (("lower_loader", lower_loader), ("upper_loader", upper_loader)):
+        if not (loader is None or isinstance(loader, DataLoader)):
+            raise TypeError(
+                f"from_modules: {name} must be a torch.utils.data.DataLoader, but got {type(loader).__name__}; other "
+                "sources, such as bilevel.Batches(...), go to solve as data=."
             )
     policy = Policy(batch_norm, dropout, autocast, micro_batch, seed)
     modules = Modules(upper_module, lower_module)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nestopt.linalg import Stopping
+
 from .assumptions import Assumptions
 from .estimators import STORM, Estimator
+from .hoag import Polynomial
 from .single_loop import SingleLoop
 
 __all__ = ["MRBO", "TTSA"]
@@ -17,9 +20,11 @@ class MRBO(SingleLoop):
     """Momentum-based recursive bilevel optimizer: the single loop on STORM estimates.
 
     y -= b d_y, v -= b d_v, x = P_X(x - a d_x), where each d is here + (1 - m_k)(d - before) with the same samples at
-    both points and m_k = (k + 1)^(-2/3). Automatic steps (see `SingleLoop`) fall like k^(-1/3), as in the paper. STORM
-    sees fresh samples only, so the error falls like one over the root of their number; SABA() and SRBA() go further on
-    a finite set.
+    both points, and m_k = (b_k L / 2)^2 follows the step's square (see `STORM`). The noise falls like the root of m_k:
+    like k^(-1/3) by the paper's steps b_k ~ k^(-1/3), which `MRBO.published` has and which are best where nothing is
+    convex. Automatic steps (see `SingleLoop`) fall like k^(-1/2), so that m_k ~ 1 / k and, around a minimiser where the
+    hyperobjective has curvature, the error falls like k^(-1/2): no method that sees each sample once does better. On a
+    finite set SABA() and SRBA() go further.
 
     `error` is the largest of |f_y|, |F_y - H v| and |P_X(x - g) - x|, measured at the point returned, on all data where
     nothing is random and on held data else; CONVERGED means error <= max(rtol (|F_x| + |f_xy v|), atol), the scale
@@ -49,11 +54,31 @@ class MRBO(SingleLoop):
     """
 
     estimator: Estimator = STORM()
-    decay: ClassVar[tuple[float, float]] = (1 / 3, 1 / 3)
 
     assumptions: ClassVar[Assumptions] = Assumptions(
         "single loop", "Yang, Ji & Liang 2021", products=True, stochastic=True
     )
+
+    @classmethod
+    def published(
+        cls, step_size: float = 0.1, upper_step: float = 0.1, stopping: Stopping = Stopping(max_iter=10_000)
+    ) -> MRBO:
+        """The paper's schedules: b_k = b (k+1)^(-1/3), a_k = a (k+1)^(-1/3), m_k ~ b_k^2 ~ (k+1)^(-2/3).
+
+        Args:
+            step_size: b, below 2 / L.
+            upper_step: a.
+            stopping: limits.
+
+        Returns:
+            The method.
+
+        Example:
+            >>> MRBO.published().step_size(7)
+            0.05
+        """
+        steps = [Polynomial(power=1 / 3, first=first) for first in (step_size, upper_step)]
+        return cls(step_size=steps[0], upper_step=steps[1], stopping=stopping)
 
 
 @dataclass(frozen=True)

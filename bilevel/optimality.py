@@ -60,6 +60,7 @@ class Optimality:
         data: of the step.
         weight: of F in L.
         step: s, which the solutions do not depend on: 1 for what is reported, shorter for the equations of a solver.
+        pull: (rho, centre) of a further term rho |y - centre|^2 / 2 in L, for a solver's regularised equations.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Optimality:
         data: Any = None,
         weight: float = 0.0,
         step: float = 1.0,
+        pull: tuple[float, Tensor] | None = None,
     ) -> None:
-        self.problem, self.spaces, self.data, self.step = problem, spaces, data, step
+        self.problem, self.spaces, self.data, self.step, self.pull = problem, spaces, data, step, pull
         self.oracle: Oracle = problem.oracle(spaces, data)
         with torch.inference_mode(False):
             leaf_x, leaf_y, leaf_dual = (v.detach().clone().requires_grad_() for v in (x, y, dual))
@@ -147,6 +149,8 @@ class Optimality:
         lagrangian = self.lower_graph + dual @ torch.cat([g, h])
         if weight:
             lagrangian = lagrangian + weight * self.upper_graph
+        if self.pull is not None:
+            lagrangian = lagrangian + self.pull[0] * (y - self.pull[1]).square().sum() / 2
         slope = gradient(lagrangian, [y], create_graph=True)[0]
         moved = self.oracle.nonsmooth.prox(y - self.step * slope, self.step, self.x_leaves[0])
         first = (y - moved) / self.step if self.oracle.nonsmooth.present else slope

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from nestopt.linalg.autodiff import evaluate, fresh_leaves, gradient, products, reached_leaves
+from nestopt.linalg.autodiff import evaluate, gradient, products, reached_leaves
 from nestopt.linalg.guard import describe_captured
 from nestopt.linalg.isolation import isolated
 from nestopt.linalg.tree import leaf_paths
@@ -21,7 +21,7 @@ from .nonsmooth import NonsmoothTerm
 if TYPE_CHECKING:
     from .problem import Problem, Spaces
 
-__all__ = ["Batch", "Oracle", "Slopes", "part_of"]
+__all__ = ["Batch", "Oracle", "Slopes", "part_of", "refuse_silent_zeros"]
 
 
 @dataclass(frozen=True)
@@ -98,41 +98,17 @@ class Oracle:
         if self.nonsmooth.depends_on_x:
             trees = self.spaces.x.build(x_leaves), self.spaces.y.build(y_leaves)
             values["lower_prox"] = self.nonsmooth.value(*trees)
-        if self.constrained:
-            values["the constraints"] = self._constraints(x_leaves, y_leaves).sum()
-        known = {id(leaf) for leaf in (*x_leaves, *y_leaves)}
-        used: set[int] = set()
-        for name, value in values.items():
-            leaves = reached_leaves(value)
-            captured = [leaf for leaf in leaves if id(leaf) not in known]
-            if captured:
-                function = getattr(self.problem, name, None)
-                raise ValueError(
-                    f"{name} uses tensors that require grad and are neither in x nor in y: "
-                    f"{describe_captured(function, captured) if callable(function) else len(captured)}; their gradient "
-                    "would be dropped. Put them into x or y, or detach them."
-                )
-            found = {id(leaf) for leaf in leaves}
-            if name in ("upper", "lower") and not any(id(leaf) in found for leaf in y_leaves):
-                raise ValueError(
-                    f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
-                    "torch.no_grad() or an unused argument."
-                )
-            used |= found
-        paths = leaf_paths(self.spaces.x.build(x_leaves), "x")
-        unused = [path for path, leaf in zip(paths, x_leaves, strict=True) if id(leaf) not in used]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} is used by no function of the problem, so its hypergradient would be a silent "
-                "zero; use it, or take it out of x (look for .detach() and torch.no_grad())."
-            )
+        for name in ("inequality", "equality"):
+            if getattr(self.problem, name) is not None:
+                values[name] = self._rows(name, x_leaves, y_leaves).sum()
+        refuse_silent_zeros(self.problem, self.spaces, values, x_leaves, y_leaves)
 
     def upper(self, x: Tensor, y: Tensor) -> Slopes:
-        """F with F_x and F_y."""
+        """The upper objective F with F_x and F_y."""
         return self.weighted(x, y, upper=1.0)
 
     def lower(self, x: Tensor, y: Tensor) -> Slopes:
-        """F with f_x and f_y, without the nonsmooth term."""
+        """The lower objective f with f_x and f_y, without the nonsmooth term."""
         return self.weighted(x, y, lower=1.0)
 
     def weighted(
@@ -144,7 +120,7 @@ class Oracle:
         lower: float | Tensor | None = None,
         dual: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> Slopes:
-        """A F + b f + <dual, c> with its gradients, by one backward pass.
+        """The sum a F + b f + <dual, c> with its gradients, by one backward pass.
 
         Args:
             x: raveled upper variable.
@@ -158,29 +134,32 @@ class Oracle:
             The Slopes.
         """
         x_leaves, y_leaves = self._leaves(x, y)
-        total = x.new_zeros(())
-        if upper is not None:
-            total = total + upper * self._evaluate("upper", x_leaves, y_leaves)
-        if lower is not None:
-            total = total + lower * self._evaluate("lower", x_leaves, y_leaves)
-        self.counts += Counts(int(upper is not None), int(lower is not None))
-        if dual is not None and (not isinstance(dual, Tensor) or dual.numel()):
+        rowed = dual is not None and (not isinstance(dual, Tensor) or dual.numel() > 0)
+        parts = []
+        for name, weight in (("upper", upper), ("lower", lower)):
+            if weight is not None:
+                value = self._evaluate(name, x_leaves, y_leaves)
+                parts.append(value if isinstance(weight, float) and weight == 1 else weight * value)
+        if rowed:
             rows = self._constraints(x_leaves, y_leaves)
-            total = total + (dual if isinstance(dual, Tensor) else dual(rows.detach())).detach() @ rows
-            self.counts += Counts(constraint_evaluations=1)
+            weights = dual(rows.detach()) if callable(dual) else dual
+            assert weights is not None
+            parts.append(weights.detach() @ rows)
+        self.counts += Counts(int(upper is not None), int(lower is not None), constraint_evaluations=int(rowed))
+        total = sum(parts[1:], parts[0]) if parts else x.new_zeros(())
         slopes = gradient(total, [*x_leaves, *y_leaves])
         n = len(x_leaves)
         return Slopes(total.detach(), self.spaces.x.join(slopes[:n]), self.spaces.y.join(slopes[n:]))
 
     def lower_y(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """F and f_y."""
+        """The lower objective f and f_y."""
         _, y_leaves = leaves = self._leaves(x, y)
         value = self._evaluate("lower", *leaves)
         self.counts += Counts(0, 1)
         return value.detach(), self.spaces.y.join(gradient(value, y_leaves))
 
     def values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """F and f, without derivatives (not counted as gradients)."""
+        """Both objectives F and f, without derivatives (not counted as gradients)."""
         with torch.no_grad():
             leaves = self.spaces.x.split(x), self.spaces.y.split(y)
             return self._evaluate("upper", *leaves), self._evaluate("lower", *leaves)
@@ -214,7 +193,7 @@ class Oracle:
         return self.problem.inequality is not None or self.problem.equality is not None
 
     def constraints(self, x: Tensor, y: Tensor) -> Tensor:
-        """C = (g(x, y), h(x, y)) as one vector, inequalities first; empty where there are none."""
+        """The constraints c = (g(x, y), h(x, y)) as one vector, inequalities first; empty where there are none."""
         with torch.no_grad():
             self.counts += Counts(constraint_evaluations=1)
             return self._constraints(self.spaces.x.split(x), self.spaces.y.split(y))
@@ -226,15 +205,40 @@ class Oracle:
         with torch.no_grad():
             return len(self._rows("inequality", self.spaces.x.split(x), self.spaces.y.split(y)))
 
+    def constraint_names(self, x: Tensor, y: Tensor) -> list[str]:
+        """What each of the constraints is called in a message, such as `inequality['a'][0]`.
+
+        Args:
+            x: raveled upper variable.
+            y: raveled lower variable.
+
+        Returns:
+            One name a row.
+        """
+        names = []
+        for name in ("inequality", "equality"):
+            function = getattr(self.problem, name)
+            if function is None:
+                continue
+            with torch.no_grad(), isolated():
+                found = function(*self._arguments(name, self.spaces.x.split(x), self.spaces.y.split(y)))
+            for path, leaf in zip(leaf_paths(found, name), optree.tree_leaves(found), strict=True):
+                names += [path] if leaf.ndim == 0 else [f"{path}[{i}]" for i in range(leaf.numel())]
+        return names
+
     def constraint_jacobian(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """C with its Jacobians (p, n_x) and (p, n_y): one backward pass a row, run as one batch."""
+        """The constraints c with their Jacobians (p, n_x) and (p, n_y): one backward pass a row, run as one batch."""
         x_leaves, y_leaves = self._leaves(x, y)
         rows = self._constraints(x_leaves, y_leaves)
         self.counts += Counts(constraint_evaluations=1)
         if not rows.numel():
             return rows.detach(), x.new_zeros(0, len(x)), y.new_zeros(0, len(y))
-        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        slopes = products([rows], [*x_leaves, *y_leaves], [eye], batched=True)
+        leaves = [*x_leaves, *y_leaves]
+        if len(rows) == 1:  # a plain backward pass is much cheaper than a vmapped one
+            slopes = [slope[None] for slope in gradient(rows[0], leaves)]
+        else:
+            eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+            slopes = products([rows], leaves, [eye], batched=True)
         n = len(x_leaves)
         return rows.detach(), self.spaces.x.join(slopes[:n]), self.spaces.y.join(slopes[n:])
 
@@ -263,11 +267,10 @@ class Oracle:
         return size
 
     def _leaves(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        spaces = self.spaces
-        return (
-            fresh_leaves(spaces.x, spaces.x.unflatten(x)),
-            fresh_leaves(spaces.y, spaces.y.unflatten(y)),
-        )
+        with torch.inference_mode(False):  # an inference tensor cannot require grad
+            pairs = (self.spaces.x, x), (self.spaces.y, y)
+            x_leaves, y_leaves = ([p.detach().clone().requires_grad_() for p in ravel.split(v)] for ravel, v in pairs)
+        return x_leaves, y_leaves
 
     def _arguments(self, name: str, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> tuple[Any, ...]:
         trees = self.spaces.x.build(x_leaves), self.spaces.y.build(y_leaves)
@@ -280,10 +283,57 @@ class Oracle:
     def _rows(self, name: str, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> Tensor:
         with isolated():
             found = getattr(self.problem, name)(*self._arguments(name, x_leaves, y_leaves))
-        parts = [leaf.reshape(-1) for leaf in optree.tree_leaves(found)]
-        return torch.cat(parts) if parts else x_leaves[0].new_zeros(0)
+        return _joined([leaf.reshape(-1) for leaf in optree.tree_leaves(found)], x_leaves)
 
     def _constraints(self, x_leaves: list[Tensor], y_leaves: list[Tensor]) -> Tensor:
         names = [name for name in ("inequality", "equality") if getattr(self.problem, name) is not None]
         parts = [self._rows(name, x_leaves, y_leaves) for name in names]
-        return torch.cat(parts) if parts else x_leaves[0].new_zeros(0)
+        return _joined(parts, x_leaves)
+
+
+def _joined(parts: list[Tensor], leaves: list[Tensor]) -> Tensor:
+    """The parts as one vector, empty where there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else leaves[0].new_zeros(0)
+
+
+def refuse_silent_zeros(
+    problem: Problem, spaces: Spaces, values: dict[str, Tensor], x_leaves: list[Tensor], y_leaves: list[Tensor]
+) -> None:
+    """Refuse captured tensors, objectives that lack y, and variables that nothing uses.
+
+    Args:
+        problem: whose functions they are.
+        spaces: of x and y.
+        values: of all functions in which x may stand, by name, with their graphs.
+        x_leaves: leaves that the graphs begin at.
+        y_leaves: likewise.
+
+    Raises:
+        ValueError: naming the function and the variable.
+    """
+    known, used = [*x_leaves, *y_leaves], set()
+    for name, value in values.items():
+        leaves = reached_leaves(value)
+        found = {id(leaf) for leaf in leaves}
+        captured = [leaf for leaf in leaves if all(leaf is not ours for ours in known)]
+        if captured:
+            raise ValueError(
+                f"{name} uses tensors that require grad and are neither in x nor in y: "
+                f"{describe_captured(getattr(problem, name), captured)}; their gradient would be "
+                "dropped. Put them into x or y, or detach them."
+            )
+        if name in ("upper", "lower") and not any(id(leaf) in found for leaf in y_leaves):
+            raise ValueError(
+                f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
+                "torch.no_grad() or an unused argument."
+            )
+        used |= found
+    paths = leaf_paths(spaces.x.build(x_leaves), "x")
+    unused = [path for path, leaf in zip(paths, x_leaves, strict=True) if id(leaf) not in used]
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)} is used by no function of the problem, so its hypergradient would be a silent "
+            "zero; use it, or take it out of x (look for .detach() and torch.no_grad())."
+        )

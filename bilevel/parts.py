@@ -48,6 +48,11 @@ class Mapped(Source):
             )
         self.source = source
 
+    @property
+    def origin(self) -> Source:
+        """The other source, or what is below it."""
+        return self.source.origin if isinstance(self.source, Source) else self
+
     @abstractmethod
     def put(self, part: Any, k: int) -> Any:
         """One level's samples of step k, as they are passed on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class PenaltyMethod(Method):
     """
 
     debias: Method | None
+    double_rtol: ClassVar[float] = 1e-6  # of a stopping without one, in float64
 
     @property
     def max_steps(self) -> int:
@@ -64,17 +65,18 @@ class PenaltyMethod(Method):
 
         Raises:
             TypeError: see `hypergradient`.
-            ValueError: for a problem that the method does not take, unused variables, captured tensors, or data with a
-                second stage.
+            ValueError: for a problem that the method does not take, unused variables, captured tensors, data with a
+                second stage, or a step size beyond its bound.
         """
         require(self, problem)
         if self.debias is not None:
             require(self.debias, problem)
+            name = type(self).__name__
             if data is not None:
                 raise ValueError(
-                    f"{type(self).__name__}: data may change from step to step, so that the second stage, "
-                    f"debias={self.debias!r}, has no fixed problem to solve; pass debias=None, and afterwards run "
-                    "ValueDifference() or AID() from the result with all data."
+                    f"{name}: data may change from step to step, so that the second stage, debias="
+                    f"{type(self.debias).__name__}(...), has no fixed problem to solve; pass {name}(debias=None), and "
+                    "afterwards run ValueDifference() or AID() from the result's x and y with all data."
                 )
         spaces = Spaces.of(x0, y0)
         oracle = problem.oracle(spaces, data)
@@ -123,10 +125,13 @@ class PenaltyMethod(Method):
             data: third argument of the objectives, if they take one.
 
         Returns:
-            The state with `second`, measured anew.
+            The state with `second`, measured anew; the state itself, ended, where the second stage cannot begin.
         """
         assert self.debias is not None
         second = self.debias.init(problem, state.x, state.y, data)
+        if int(second.codes) != Status.RUNNING.code:  # the last good point is the first stage's
+            counts, iterations = state.counts + second.counts, state.iterations + 1
+            return replace(state, codes=second.codes, counts=counts, iterations=iterations)
         return _follow(state, replace(second, tolerance=state.tolerance), Counts())
 
     def restore(self, saved: dict[str, Any], x0: Any, y0: Any) -> MethodState:
@@ -163,7 +168,7 @@ class PenaltyMethod(Method):
         finite = torch.isfinite(upper.value) & torch.isfinite(scale)
         return {
             "x_vector": x, "y_vector": y, "value": upper.value, "scale": scale, "spaces": oracle.spaces,
-            "tolerance": penalty_tolerance(self.stopping, scale), "counts": oracle.counts,
+            "tolerance": penalty_tolerance(self.stopping, scale, self.double_rtol), "counts": oracle.counts,
             "codes": torch.tensor(Status.RUNNING.code if bool(finite) else Status.NON_FINITE.code),
             "iterations": torch.tensor(0),
         }  # fmt: skip
@@ -193,17 +198,18 @@ def refuse_sizes(method: Any, *names: str) -> None:
             )
 
 
-def penalty_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
-    """max(rtol * scale, atol), where rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+def penalty_tolerance(stopping: Stopping, scale: Tensor, rtol: float = 1e-7) -> Tensor:
+    """max(rtol * scale, atol), where the stopping's rtol None is the one given here, and 1e-3 in lower precision.
 
     Args:
         stopping: of the method.
-        scale: |F_x| + |F_y| at the start.
+        scale: |F_x| + |F_y| at the start, which may be a hundred times the hypergradient.
+        rtol: in float64.
 
     Returns:
         The absolute tolerance of a run.
     """
-    return stopping.tolerance(scale, 1e-6 if scale.dtype == torch.float64 else 1e-3)
+    return stopping.tolerance(scale, rtol if scale.dtype == torch.float64 else 1e-3)
 
 
 def _settled(s: PenaltyState) -> bool:

@@ -1,10 +1,11 @@
-"""Parts of the penalty methods: schedules, gradient steps that watch the curvature, and a step size that watches F."""
+"""Parts of the penalty methods: schedules, gradient steps that watch the curvature, and what is measured after them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,22 @@ from torch import Tensor
 from .lipschitz import largest_curvature
 from .oracle import Oracle, Slopes
 
-__all__ = ["Curvatures", "Growth", "Schedule", "TwoPoints", "Watch", "descend", "schedule_value"]
+__all__ = [
+    "Curvatures",
+    "Growth",
+    "Schedule",
+    "TwoPoints",
+    "descend",
+    "raised",
+    "ramp",
+    "refuse_long_step",
+    "rounded_up",
+    "schedule_value",
+    "secant",
+]
 
-_LAG = 0.3  # how large the residuals in y and z may be, in slopes of x, when x moves
 _SAFETY = 1.2  # on estimates of Lipschitz constants, which are lower bounds
+_OFF_GRID = 0.318  # a curvature of exactly 1 or 3/2 must not lie on either side of a boundary by rounding
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,90 @@ def schedule_value(given: float | Schedule | None, unit: Tensor, default: Schedu
         k: step.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor; inf where the schedule overflows, which ends the run at that step as NON_FINITE.
+
+    Raises:
+        ValueError: for a schedule that returns no positive number.
     """
     if given is None:
         return unit * default(k)
-    return torch.full_like(unit, given(k) if callable(given) else float(given))
+    try:
+        value = float(given(k)) if callable(given) else float(given)
+    except OverflowError:  # Python's own powers raise where tensors give inf
+        value = math.inf
+    if not value > 0:
+        raise ValueError(f"penalty: the schedule must return positive numbers, but at step {k} it returned {value}.")
+    return torch.full_like(unit, value if value <= torch.finfo(unit.dtype).max else math.inf)
+
+
+def refuse_long_step(method: Any, name: str, oracle: Oracle, slope: Callable[[Tensor], Tensor], at: Tensor) -> None:
+    """Refuse a given step size beyond 2 / L, with which gradient steps run away wherever they start.
+
+    With data nothing is refused, for one batch's curvature is not that of the mean.
+
+    Args:
+        method: whose field it is.
+        name: of the field; None passes.
+        oracle: of the step.
+        slope: the gradient that is followed.
+        at: raveled point.
+
+    Raises:
+        ValueError: naming the field and the bound.
+    """
+    size = getattr(method, name)
+    if size is None or oracle.data is not None:
+        return
+    seen = float(largest_curvature(slope, at, norm=oracle.norm)[0])  # a lower bound of L
+    if size * seen >= 2:
+        raise ValueError(
+            f"{type(method).__name__}: {name} must be below 2 / L = {2 / seen:.2e}, L the curvature at the start, "
+            f"beyond which gradient steps run away, but got {size}; lower it, or pass None, which chooses it."
+        )
+
+
+def ramp(steps: int) -> Schedule:
+    """From 1 to 100 in so many steps, and 100 from there on."""
+    return lambda k: 1.0 + 99.0 * min(k / steps, 1.0)
+
+
+def rounded_up(value: Tensor) -> Tensor:
+    """The value rounded up, by at most a sixth, to a grid on which no simple fraction lies.
+
+    Differences of gradients magnify the rounding of sums a million-fold. Step sizes that are made from rounded ones are
+    the same however the sums were formed: in one process, or in two that have half of the samples each.
+
+    Args:
+        value: positive; NaN and inf give NaN.
+
+    Returns:
+        A tensor of its shape.
+    """
+    unit = (value.log2() + _OFF_GRID).floor().exp2() / 8
+    return ((value / unit - _OFF_GRID).ceil() + _OFF_GRID) * unit
+
+
+def secant(oracle: Oracle, change: Tensor, moved: Tensor, at: Tensor) -> Tensor:
+    """The curvature |change of a gradient| / |moved|; NaN where the step is so short that it would be rounding.
+
+    Args:
+        oracle: for norms.
+        change: of the gradient.
+        moved: the step.
+        at: where to.
+
+    Returns:
+        A 0-d tensor.
+    """
+    length = oracle.norm(moved)
+    long = length > torch.finfo(at.dtype).eps ** 0.5 * oracle.norm(at)
+    return torch.where(long, oracle.norm(change) / length, torch.nan)
+
+
+def raised(curvature: Tensor, seen: Tensor) -> Tensor:
+    """The larger of a curvature as known so far and what was seen, rounded up; the first where that is not finite."""
+    seen = rounded_up(seen)
+    return torch.where(torch.isfinite(seen), torch.maximum(curvature, seen), curvature)
 
 
 class Curvatures(NamedTuple):
@@ -92,7 +184,7 @@ class Curvatures(NamedTuple):
         tiny = torch.finfo(y.dtype).tiny ** 0.5
         f = torch.where(f > 0, f, oracle.norm(lower_y) / size).clamp_min(tiny)
         F = torch.where(F > 0, F, oracle.norm(upper_y) / size).clamp_min(tiny)
-        return cls(_SAFETY * F, _SAFETY * f)
+        return cls(rounded_up(_SAFETY * F), rounded_up(_SAFETY * f))
 
     @property
     def unit(self) -> Tensor:
@@ -127,9 +219,7 @@ def descend(
     for _ in range(steps):
         g = slope(y)
         if size is None and before is not None:
-            step = oracle.norm(y - before[0])
-            seen = oracle.norm(g - before[1]) / step
-            curvature = torch.where(torch.isfinite(seen), torch.maximum(curvature, seen), curvature)
+            curvature = raised(curvature, secant(oracle, g - before[1], y - before[0], y))
         before = (y, g)
         length = 1 / curvature if size is None else size if isinstance(size, Tensor) else curvature.new_tensor(size)
         y = oracle.prox(y - length * g, length, x)
@@ -188,68 +278,3 @@ class TwoPoints(NamedTuple):
             "blend": penalty * oracle.lower_residual(x, y, self.upper.y / penalty + self.lower.y),
             "upper": oracle.norm(oracle.project(x - slope) - x),
         }
-
-
-@dataclass(frozen=True)
-class Watch:
-    """The step size in x, and the last point where x moved, with which the next one is compared.
-
-    Where the residuals in y and z (the lag) are within 0.3 of the slope in x, x moves: the size is halved if the
-    potential F + penalty * gap has risen since the last move, else doubled, and kept below |dx| / |change of slope|;
-    no step is longer than 0.1 max(1, |x|). Elsewhere x waits, for the lag counts penalty-fold in its slope.
-
-    Attributes:
-        size: step size.
-        x: where x moved last.
-        slope: there.
-        value: F there.
-        gap: there.
-    """
-
-    size: Tensor
-    x: Tensor
-    slope: Tensor
-    value: Tensor
-    gap: Tensor
-
-    @classmethod
-    def start(cls, oracle: Oracle, x: Tensor, y: Tensor, upper: Slopes, given: float | None = None) -> Watch:
-        """With the given size, or one for a step of 0.1 max(1, |x|)."""
-        steepness = torch.maximum(oracle.norm(upper.x), 0.1 * oracle.norm(upper.y))
-        size = 0.1 * oracle.norm(x).clamp_min(1.0) / steepness.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
-        size = size if given is None else torch.full_like(size, given)
-        return cls(size, x, upper.x, upper.value, torch.zeros_like(upper.value))
-
-    def fixed(self, given: float) -> tuple[Tensor, Watch]:
-        """A size that the user chose."""
-        return torch.full_like(self.size, given), self
-
-    def move(
-        self, oracle: Oracle, x: Tensor, slope: Tensor, value: Tensor, gap: Tensor, penalty: Tensor, lag: Tensor
-    ) -> tuple[Tensor, Watch]:
-        """The size of the step from x, zero where x waits, and what is remembered.
-
-        Args:
-            oracle: for norms.
-            x: raveled upper variable.
-            slope: of the potential in x.
-            value: F.
-            gap: what the penalty multiplies.
-            penalty: its weight.
-            lag: residuals in y and z in units of F.
-
-        Returns:
-            The size and the next Watch.
-        """
-        steepness = oracle.norm(slope)
-        if bool(lag > _LAG * steepness):
-            return torch.zeros_like(self.size), self
-        size, step = self.size, oracle.norm(x - self.x)
-        if bool(step > 0):
-            before, after = self.value + penalty * self.gap, value + penalty * gap
-            noise = 100 * torch.finfo(size.dtype).eps * before.abs()
-            bound = step / oracle.norm(slope - self.slope)
-            size = size * torch.where(after <= before + noise, 2.0, 0.5)
-            size = torch.where(torch.isfinite(bound) & (bound > 0), torch.minimum(size, bound), size)
-        longest = 0.1 * oracle.norm(x).clamp_min(1.0) / steepness
-        return torch.where(longest < size, longest, size), Watch(size, x, slope, value, gap)

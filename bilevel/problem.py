@@ -10,14 +10,14 @@ from torch import Tensor
 
 from nestopt.constrained import Set, project
 from nestopt.linalg import LinearOperator
-from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient, reached_leaves
-from nestopt.linalg.guard import describe_captured, graph_nodes, probe, refusal
+from nestopt.linalg.autodiff import GraphOperator, evaluate, fresh_leaves, gradient
+from nestopt.linalg.guard import graph_nodes, probe, refusal
 from nestopt.linalg.isolation import RandomState
 from nestopt.linalg.normalization import WrittenOut, normalizes
 from nestopt.linalg.result import all_finite
 from nestopt.linalg.tree import Ravel, leaf_paths, named_tree
 
-from .oracle import Oracle, part_of
+from .oracle import Oracle, part_of, refuse_silent_zeros
 
 __all__ = ["Linearization", "Problem", "Spaces"]
 
@@ -241,36 +241,9 @@ class Linearization:
             UndifferentiableError: naming an operation of f that cannot be differentiated twice, and the cure.
             ValueError: naming the function and the variable.
         """
-        known = [*self.x_leaves, *self.y_leaves]
-        reached: dict[str, set[int]] = {}
-        for name, value in (("upper", self.upper_graph), ("lower", self.lower_graph)):
-            leaves = reached_leaves(value)
-            reached[name] = {id(leaf) for leaf in leaves}
-            captured = [leaf for leaf in leaves if all(leaf is not ours for ours in known)]
-            if captured:
-                function = getattr(self.problem, name)
-                raise ValueError(
-                    f"{name} uses tensors that require grad and are neither in x nor in y: "
-                    f"{describe_captured(function, captured)}; their gradient would be dropped. Put them into x or y, "
-                    "or detach them."
-                )
-            if not any(id(leaf) in reached[name] for leaf in self.y_leaves):
-                raise ValueError(
-                    f"{name} does not depend on y, so there is nothing to differentiate; look for .detach(), "
-                    "torch.no_grad() or an unused argument."
-                )
+        values = {"upper": self.upper_graph, "lower": self.lower_graph}
+        refuse_silent_zeros(self.problem, self.spaces, values, self.x_leaves, self.y_leaves)
         self.check_twice_differentiable()
-        paths = leaf_paths(self.spaces.x.build(self.x_leaves), "x")
-        unused = [
-            path
-            for path, leaf in zip(paths, self.x_leaves, strict=True)
-            if id(leaf) not in reached["upper"] | reached["lower"]
-        ]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} is used by neither upper nor lower, so its hypergradient would be a silent zero; "
-                "use it, or take it out of x (look for .detach() and torch.no_grad())."
-            )
 
     def check_twice_differentiable(self) -> None:
         """Refuse an f with an operation whose second derivative is missing, or wrong.

@@ -14,9 +14,9 @@ from nestopt.linalg.result import all_finite
 
 from .assumptions import Assumptions
 from .counts import Counts
-from .inner_steps import Carry, InnerSteps, Rule, Segment, automatic_rule
+from .inner_steps import Carry, InnerSteps, Rule, Segment, automatic_rule, curvatures
 from .problem import Problem
-from .through_solver import ThroughSolver, ThroughState, curvatures
+from .through_solver import ThroughSolver, ThroughState
 from .unrolled import tangent_residual
 
 __all__ = ["RealTime"]
@@ -95,6 +95,7 @@ class RealTime(ThroughSolver):
             ValueError: see `hypergradient`; or for an inner step size that cannot work, with its bound.
         """
         steps, s, counts = self._begin(problem, x0, y0, data)
+        s = replace(s, y_first=s.y_vector)
         carry = steps.first_carry(self._optimizer(s.coefficients), s.x_vector, s.y_vector, 0)
         tangent = s.x_vector.new_zeros(s.spaces.x.size, s.spaces.y.size)
         kept = {"x": s.x_vector, "y": carry.y, "optimizer": vars(carry.memory), "tangent": tangent}
@@ -113,6 +114,10 @@ class RealTime(ThroughSolver):
             The next state.
         """
         return self._look(problem, state, self._inner(problem, state.spaces, data, int(state.seed)))
+
+    @property
+    def _needs_curvature(self) -> bool:
+        return True
 
     def _optimizer(self, coefficients: Tensor) -> Rule:
         if self.optimizer is not None:

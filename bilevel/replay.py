@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .assumptions import Assumptions
 from .counts import Counts
+from .inner_path import Forward, Pulled
 from .inner_steps import InnerSteps, Segment
-from .through_solver import Forward, Pulled, ThroughSolver, ThroughState
+from .through_solver import ThroughSolver, ThroughState
 
 __all__ = ["Replay"]
 
@@ -142,11 +143,24 @@ class Replay(ThroughSolver):
             "or train for fewer steps."
         )
 
+    def advice(self, state: Any) -> str:
+        """The diagnosis where the metagradient is not to be trusted; see `ThroughSolver.advice`.
+
+        Args:
+            state: the run's last.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        return self.diagnosis(state) if float(state.residuals.get("trust", 0.0)) > 0 else super().advice(state)
+
     def _backward(self, steps: InnerSteps, f: Forward, tolerance: float) -> Pulled:
         p = super()._backward(steps, f, tolerance)
         if self.steps is None:
             return p
-        return replace(p, extra={"trust": self._mistrust(steps, f, p)}, counts=p.counts + Counts(2, 2 * f.inner))
+        return replace(
+            p, extra={**p.extra, "trust": self._mistrust(steps, f, p)}, counts=p.counts + Counts(2, 2 * f.inner)
+        )
 
     def _mistrust(self, steps: InnerSteps, f: Forward, p: Pulled) -> Tensor:
         """|directional derivative - finite difference| where it exceeds half of the gradient and the rounding."""

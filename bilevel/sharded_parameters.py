@@ -129,7 +129,7 @@ class PiecesOracle(Oracle):
         lower: float | Tensor | None = None,
         dual: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> Slopes:
-        """A F + b f with its gradients, by one backward() a function; see `Oracle.weighted`.
+        """The sum a F + b f with its gradients, by one backward() a function; see `Oracle.weighted`.
 
         Args:
             x: raveled pieces of the upper variable.
@@ -149,12 +149,12 @@ class PiecesOracle(Oracle):
         return Slopes(value, _joined(spaces.x, x, in_x), _joined(spaces.y, y, in_y))
 
     def lower_y(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """F and f_y."""
+        """The lower objective f with f_y."""
         found = self.weighted(x, y, lower=1.0)
         return found.value, found.y
 
     def values(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """F and f, without derivatives."""
+        """The objectives F and f, without derivatives."""
         self._load(x, y)
         with torch.no_grad():
             return self._mean(self._value("upper").detach()), self._mean(self._value("lower").detach())
@@ -166,6 +166,18 @@ class PiecesOracle(Oracle):
     def norm(self, v: Tensor) -> Tensor:
         """|v| over all ranks' pieces."""
         return self.dot(v, v).sqrt()
+
+    def constraints(self, x: Tensor, y: Tensor) -> Tensor:
+        """Refused: a method that asks for constraints keeps multipliers and sets of the whole vectors."""
+        raise _no_constraints()
+
+    def inequalities(self, x: Tensor, y: Tensor) -> int:
+        """Refused likewise."""
+        raise _no_constraints()
+
+    def constraint_jacobian(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Refused likewise."""
+        raise _no_constraints()
 
     def _load(self, x: Tensor, y: Tensor) -> None:
         spaces = self.spaces
@@ -224,11 +236,23 @@ def _joined(space: Any, like: Tensor, found: dict[str, Tensor | None]) -> Tensor
     return vector
 
 
+_ABLE = (
+    "use F2SA, F3SA, VPBGD, BOME or MEHA with debias=None, or bilevel.data_parallel, where every rank has all "
+    "parameters."
+)
+
+
+def _no_constraints() -> ValueError:
+    return ValueError(
+        f"{OWNER}: this method is one for constraints, whose inner products it takes by itself, but here every rank "
+        f"has pieces of the vectors; {_ABLE}"
+    )
+
+
 def _no_products(*_: Any) -> Tensor:
     raise ValueError(
         f"{OWNER}: this method differentiates the objectives by itself (second derivatives, or a lower solver of its "
-        "own), but under fully_shard only backward() on the modules works; use F2SA(debias=None) or another penalty "
-        "method with debias=None, or bilevel.data_parallel, where every rank has all parameters."
+        f"own), but under fully_shard only backward() on the modules works; {_ABLE}"
     )
 
 
@@ -237,7 +261,8 @@ def fully_sharded(problem: ModuleProblem, group: Group = None) -> FullyShardedPr
 
     x and y are this rank's pieces of the parameters, and so is all that a method keeps; inner products and norms are
     summed over ranks, gradients come from backward() on the modules, and values are means over the ranks' samples. So
-    a penalty method takes the same steps as in one process. Methods with Hessian products, and second stages, refuse:
+    F2SA, F3SA, VPBGD, BOME and MEHA with given sizes take the same steps as in one process (automatic sizes begin with
+    power steps from another random vector). Methods with Hessian products or multipliers, and second stages, refuse:
     pass debias=None.
 
     FSDP gathers a module's parameters while its forward runs: a loss must call the modules, and not use parameters of

@@ -19,7 +19,7 @@ from .aid import upper_tolerance
 from .assumptions import require
 from .counts import Counts
 from .estimators import Estimator, Minibatch, Pieces
-from .evaluation import Evaluation, Evaluator
+from .evaluation import Evaluator
 from .method import Method, MethodState
 from .monitored import LowerPoint
 from .problem import Linearization, Problem, Spaces
@@ -32,6 +32,7 @@ __all__ = ["SingleLoop", "SingleLoopState"]
 
 _RUNNING = Status.RUNNING.code
 _LOWER, _ADJOINT = NewtonCG(), CG()
+_ROUGH_ADJOINT = CG(rtol=0.1, max_iter=40)  # for a scale only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,9 @@ class SingleLoop(Method, ABC):
             raise ValueError(f"{name}: inner must be at least 1, but got {self.inner}.")
 
     def init(self, problem: Problem, x0: Any, y0: Any, data: Any = None) -> SingleLoopState:
-        """Check the problem, solve both lower systems once at x0 for the scales, and evaluate there.
+        """Check the problem, find the scales at x0, and evaluate there.
+
+        Automatic steps solve both lower systems once for that; where all steps are given nothing is solved.
 
         Args:
             problem: with a smooth, unconstrained lower level.
@@ -112,6 +115,8 @@ class SingleLoop(Method, ABC):
         y = spaces.y.flatten(y0).detach()
         Linearization(problem, spaces, x, y, data).check()
         blend, blended = self.blended(problem, data, self.first_weight)
+        if self.step_size is not None and self.upper_step is not None:
+            return self._unsolved(problem, blend, blended, spaces, x, y)
         level = Evaluator.of(blend, spaces, _LOWER, _ADJOINT, blended)
         e = level.differentiate(level.solve(x, y, None), None)
         assert e.hypergradient is not None
@@ -132,7 +137,30 @@ class SingleLoop(Method, ABC):
             share = x.new_tensor(FIRST_SHARE)
             memory = {**state.memory, "share": share, "ready": False, "reach": float(e.y.norm())}
             return waiting_step(self, problem, replace(state, memory=memory), data)
-        return self._start(problem, blend, blended, state, level, e, y)
+        start = state if self.step_size is None else replace(state, y_vector=y, adjoint=torch.zeros_like(e.adjoint))
+        return self._start(problem, blend, blended, start, lambda: upper_curvature(level, e))
+
+    def _unsolved(
+        self, problem: Problem, blend: Problem, data: Any, spaces: Spaces, x: Tensor, y: Tensor
+    ) -> SingleLoopState:
+        """The start of given steps: a lower level that has no minimiser yet, a network's say, is no obstacle."""
+        point = Linearization(blend, spaces, x, y, data)
+        found = _ROUGH_ADJOINT(point.hessian, point.upper_y)
+        cross = point.cross.T @ found.x
+        scale = point.upper_x.norm() + cross.norm()
+        scale = torch.where(scale == 0, point.upper_y.norm(), scale)
+        none = x[None, :0]
+        state = SingleLoopState(
+            x_vector=x, y_vector=y, value=point.upper, error=point.lower_y.norm(),
+            tolerance=x.new_tensor(upper_tolerance(self.stopping, scale)), codes=torch.tensor(_RUNNING),
+            iterations=torch.tensor(0), counts=Counts(1, 1, found.products + 1), spaces=spaces,
+            residuals={"lower": point.lower_y.norm()}, hypergradient=point.upper_x - cross,
+            adjoint=torch.zeros_like(y), rule=StepState(x.new_ones(()), point.upper[None], none, none),
+            memory={"weight": self.first_weight, "scale": scale},
+        )  # fmt: skip
+        if not (point.finite() and all_finite(cross)):
+            return replace(state, codes=torch.tensor(Status.NON_FINITE.code))
+        return self._start(problem, blend, data, state, None)
 
     def step(self, problem: Problem, state: SingleLoopState, data: Any = None) -> SingleLoopState:
         """Move y, v and x, then evaluate.
@@ -213,44 +241,46 @@ class SingleLoop(Method, ABC):
 
     # Given steps, or automatic ones on samples.
     def _start(
-        self, problem: Problem, blend: Problem, data: Any, s: SingleLoopState, level: Evaluator, e: Evaluation,
-        y0: Tensor,
-    ) -> SingleLoopState:  # fmt: skip
+        self,
+        problem: Problem,
+        blend: Problem,
+        data: Any,
+        s: SingleLoopState,
+        curvature: Callable[[], tuple[float, Counts]] | None,
+    ) -> SingleLoopState:
         rule = self.rule_of(problem)
         if isinstance(rule, (SpectralStep, QuasiNewtonStep)) and self.upper_step is not None:
             raise ValueError(
                 f"{type(self).__name__}: {type(rule).__name__} compares values of F that are exact, which single-loop "
                 "steps on samples or of given size do not have; use a number, a schedule or TorchOptimizer."
             )
-        assert e.adjoint is not None
-        point = Linearization(blend, s.spaces, s.x_vector, e.y, data)
+        point = Linearization(blend, s.spaces, s.x_vector, s.y_vector, data)
         ends = extreme_eigenvalues(point.hessian, steps=40, rtol=0.05)
-        high, low = float(ends.highest), float(ends.lowest)
+        top, low = float(ends.highest), float(ends.lowest)
+        high = max(top, -low)
         counts = s.counts + Counts(1, 1, ends.products)
         if self.step_size is not None:
             first = self._size(self.step_size, 0)
-            if first >= 2 / high:
+            if first * top >= 2:
                 raise ValueError(
                     f"{type(self).__name__}: step_size begins with {first:g}, but gradient steps on a lower level of "
-                    f"curvature {high:.3g} run away from {2 / high:.3g} on; use less than that, or None."
+                    f"curvature {top:.3g} run away from {2 / top:.3g} on; use less than that, or None."
                 )
         track: dict[str, Any] = {}
         base = 1 / (3 * high) if self.step_size is None else self._size(self.step_size, 0)
         rate = min(1.0, base * max(low, 1e-3 * high))  # how fast one step in y or v closes the gap to x
-        if self.upper_step is None:
-            slope, spent = upper_curvature(level, e)
+        if curvature is not None and self.upper_step is None:
+            slope, spent = curvature()
             counts += spent
             track = {
                 "rate": min(1.0, self.inner * rate),
                 "curvature": slope,
                 "k": 0,
                 "x": s.x_vector,
-                "g": e.hypergradient,
+                "g": s.hypergradient,
             }
-        automatic = self.step_size is None
-        s = replace(s, y_vector=e.y if automatic else y0, counts=counts)
-        s = s if automatic else replace(s, adjoint=torch.zeros_like(e.adjoint))
-        estimate, kept, counts, point, fresh = self._estimate(blend, s, None, data, None)
+        s = replace(s, counts=counts)
+        estimate, kept, counts, point, fresh = self._estimate(blend, s, None, data, None, base * high)
         g = estimate.upper_x - estimate.cross_v
         rule_state = rule.start(s.x_vector, g, point.upper)
         if self.upper_step is None:
@@ -298,7 +328,7 @@ class SingleLoop(Method, ABC):
         b, a = self.sizes(s, k)
         x = problem.project(s.x_vector + a * s.rule.size * rule.direction(s.rule, s.hypergradient), spaces)
         there, counts = self.move_lower(blend, s, x, last, b, blended)
-        estimate, kept, spent, point, fresh = self._estimate(blend, there, s, blended, last)
+        estimate, kept, spent, point, fresh = self._estimate(blend, there, s, blended, last, b * float(m["high"]))
         g = estimate.upper_x - estimate.cross_v
         dx, change = x - s.x_vector, g - s.hypergradient
         finite = point.finite() and all_finite(g) and all_finite(estimate.hessian_v)
@@ -365,7 +395,13 @@ class SingleLoop(Method, ABC):
         return y, counts
 
     def _estimate(
-        self, problem: Problem, s: SingleLoopState, before: SingleLoopState | None, data: Any, last: Pieces | None
+        self,
+        problem: Problem,
+        s: SingleLoopState,
+        before: SingleLoopState | None,
+        data: Any,
+        last: Pieces | None,
+        size: float,
     ) -> tuple[Pieces, dict[str, Any], Counts, Linearization, Pieces]:
         seen: list[tuple[Pieces, Linearization]] = []
         counts: list[Counts] = []
@@ -381,7 +417,7 @@ class SingleLoop(Method, ABC):
         else:
             estimate, kept = self.estimator.next(
                 lambda batch: look(s, batch), lambda batch: look(before, batch), data, last,
-                s.memory["estimator"], int(s.iterations),
+                s.memory["estimator"], int(s.iterations), size,
             )  # fmt: skip
         pieces, point = seen[0]
         return estimate, kept, sum(counts, Counts()), point, pieces
@@ -406,6 +442,9 @@ def seen_samples(data: Any, upper: int, lower: int) -> int:
 def pieces_at(problem: Problem, s: SingleLoopState, data: Any) -> tuple[Pieces, Linearization, Counts]:
     """The pieces of the directions at a state's (x, y, v) on a batch, and what they cost."""
     point = Linearization(problem, s.spaces, s.x_vector, s.y_vector, data)
-    v = s.adjoint
-    pieces = Pieces(point.lower_y, point.hessian @ v, point.cross.T @ v, point.upper_x, point.upper_y)
-    return pieces, point, Counts(1, 1, 2, samples=seen_samples(data, 1, 3))
+    return pieces_of(point, s.adjoint), point, Counts(1, 1, 2, samples=seen_samples(data, 1, 3))
+
+
+def pieces_of(point: Linearization, v: Tensor) -> Pieces:
+    """The pieces of the directions at a point with an adjoint, by two products."""
+    return Pieces(point.lower_y, point.hessian @ v, point.cross.T @ v, point.upper_x, point.upper_y)

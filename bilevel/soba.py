@@ -51,8 +51,14 @@ class SOBA(SingleLoop):
     )
 
 
+class _VarianceReduced(SingleLoop):
+    """The noise of the samples dies out, so that automatic steps need not fall."""
+
+    decay: ClassVar[tuple[float, float]] = (0.0, 0.0)
+
+
 @dataclass(frozen=True)
-class SABA(SingleLoop):
+class SABA(_VarianceReduced):
     """SOBA with SAGA's memories: linear convergence on a finite set of samples, with constant steps.
 
     Each block of samples has its last f_y, f_yy v, f_xy v (lower) and F_x, F_y (upper) remembered; a direction is made
@@ -87,7 +93,6 @@ class SABA(SingleLoop):
     """
 
     estimator: Estimator = SAGA()
-    decay: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     assumptions: ClassVar[Assumptions] = Assumptions(
         "single loop", "Dagreou et al. 2022", products=True, stochastic=True
@@ -95,7 +100,7 @@ class SABA(SingleLoop):
 
 
 @dataclass(frozen=True)
-class SRBA(SingleLoop):
+class SRBA(_VarianceReduced):
     """SOBA with SPIDER's recursion: a full pass once an epoch, differences on the same samples between.
 
     d = (full direction) every epoch, else d + (here - before) with the step's samples at both points. The data must be
@@ -106,11 +111,11 @@ class SRBA(SingleLoop):
     Cost of a step: two gradients of F, two of f, four products; of an epoch's first one, all samples once.
 
     Args:
-        step_size: b, a number below 2 / L or a schedule k -> number; None for automatic steps.
-        upper_step: a, likewise, or an UpperStep such as TorchOptimizer; None for automatic ones.
-        inner: steps in y and in v for each one in x; those in between are on plain samples.
+        step_size: as in SABA.
+        upper_step: likewise.
+        inner: likewise.
         estimator: SPIDER(every) with another length of the recursion.
-        stopping: rtol None is 1e-9 in float64 and 1e-4 in float32.
+        stopping: as in SABA.
 
     Reference:
         Dagreou, Moreau, Vaiter & Ablin 2023, "A lower bound and a near-optimal algorithm for bilevel empirical risk
@@ -119,18 +124,15 @@ class SRBA(SingleLoop):
     Example:
         >>> import torch
         >>> from nestopt import bilevel
-        >>> t = torch.arange(8.0, dtype=torch.float64) / 8
-        >>> problem = bilevel.Problem(
-        ...     upper=lambda x, y, d: ((y - d) ** 2).mean(), lower=lambda x, y, d: ((y - x * d) ** 2).mean()
-        ... )
-        >>> start = torch.zeros((), dtype=torch.float64)
-        >>> res = bilevel.SRBA()(problem, start, start.clone(), data=bilevel.Batches(t, batch_size=2))
-        >>> res.status.name, round(res.x.item(), 6)
+        >>> lower, upper = torch.linspace(-1, 1, 12, dtype=torch.float64), torch.linspace(0, 2, 6, dtype=torch.float64)
+        >>> problem = bilevel.Problem(lambda x, y, d: ((y - d) ** 2).mean(), lambda x, y, d: ((y - x - d) ** 2).mean())
+        >>> data = bilevel.Batches(lower, upper, batch_size=3)
+        >>> res = bilevel.SRBA()(problem, torch.zeros_like(lower[0]), torch.zeros_like(lower[0]), data=data)
+        >>> res.status.name, round(res.x.item(), 6)  # the difference of the means
         ('CONVERGED', 1.0)
     """
 
     estimator: Estimator = SPIDER()
-    decay: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     assumptions: ClassVar[Assumptions] = Assumptions(
         "single loop", "Dagreou et al. 2023", products=True, stochastic=True

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .choice import choose
-from .method import BilevelResult, Method, MethodState
+from .method import BilevelResult, Method, MethodState, check_run
 from .problem import Problem
 
 __all__ = ["solve"]
@@ -46,7 +46,8 @@ def solve(
         reason.
 
     Raises:
-        TypeError: for variables that are not real floating tensors, or objectives that return no scalar.
+        TypeError: for variables that are not real floating tensors, objectives that return no scalar, or data and
+            callbacks that cannot be called.
         ValueError: for shared memory, mixed dtypes or devices, an unused upper variable, tensors that require grad
             captured by a closure, or a problem that the method cannot solve.
 
@@ -65,6 +66,7 @@ def solve(
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"solve: problem must be a bilevel.Problem, but got {type(problem).__name__}.")
+    check_run("solve", data, callbacks)
     options: dict[str, Any] = {"data": data, "callbacks": callbacks, "state": state}
     options |= {"held": held, "check_every": check_every}
     if method is None:

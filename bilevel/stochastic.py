@@ -68,6 +68,11 @@ class Source(ABC):
     def whole(self) -> Draw | None:
         """All samples as one draw, or None where they are not at hand."""
 
+    @property
+    def origin(self) -> Source:
+        """The source that the samples come from, below those that map its draws."""
+        return self
+
     def __call__(self, k: int) -> Draw:
         """The first draw of step k."""
         return self.draw(k)

@@ -42,6 +42,10 @@ class TaskLevel(SmoothLevel):
         residual = torch.linalg.vector_norm(torch.as_tensor(solved.error)).to(y)
         return LowerSolution(y, y.new_zeros(0), residual, worst(solved.codes), counts)
 
+    def loosened(self, rtol: float, atol: float) -> SmoothLevel:
+        """See `SmoothLevel.loosened`; rtol is relative to each task's slope, atol to all tasks'."""
+        return super().loosened(rtol, atol / math.sqrt(self.tasks.batch.numel()))
+
     def check(self, x: Tensor, y: Tensor) -> None:
         """See `LowerLevel.check`; also refuses functions that couple the tasks."""
         super().check(x, y)

@@ -20,12 +20,13 @@ from nestopt.linalg.result import all_finite
 from .assumptions import require
 from .counts import Counts
 from .inner_checks import check_used, refuse_step_size
-from .inner_steps import InnerSteps, Rule, Segment, automatic_rule, data_at
+from .inner_path import Forward, Path, Pulled
+from .inner_steps import InnerSteps, Rule, Segment, automatic_rule, curvatures, curvatures_of, data_at
 from .method import Method, MethodState
 from .problem import Linearization, Problem, Spaces
 from .upper_step import QuasiNewtonStep, SpectralStep, StepState, UpperStep
 
-__all__ = ["Forward", "Pulled", "ThroughSolver", "ThroughState", "curvatures", "through_tolerance"]
+__all__ = ["ThroughSolver", "ThroughState", "default_step", "through_tolerance"]
 
 _RUNNING = Status.RUNNING.code
 _CHUNK = 25  # inner steps between two looks at the clock, and between two stored states of a reverse pass
@@ -38,9 +39,10 @@ class ThroughState(MethodState):
     Attributes:
         hypergradient: raveled, at x.
         rule: the upper step rule's memory.
-        y_first: raveled y0, where a run without warm starts begins every lower solve.
-        coefficients: lr and momentum of the automatic inner optimizer where the number of steps is given.
-        curvature: the smallest of f that was assumed.
+        y_first: raveled y0, where a run without warm starts begins every lower solve; empty with them.
+        coefficients: lr and momentum of the automatic inner optimizer where the number of steps is given; NaN where
+            nothing asks for f's curvature.
+        curvature: the smallest of f that was assumed; likewise.
         inner: inner steps of the last evaluation.
         pulled: how many of them were differentiated.
         stored: most inner states that were held at once.
@@ -60,82 +62,6 @@ class ThroughState(MethodState):
     diverged_at: Tensor
     seed: Tensor
     memory: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Forward:
-    """The inner steps of one evaluation.
-
-    Attributes:
-        x: raveled upper variable.
-        y: raveled last inner iterate.
-        segments: that were taken, oldest first.
-        value: F(x, y).
-        upper_x: F_x there.
-        upper_y: F_y there.
-        lower: |f_y| there.
-        inner: how many steps.
-        least: the smallest curvature assumed.
-        top: the largest one seen.
-        flat: whether f is flat in some direction.
-        counts: what it cost.
-        fault: why nothing can be made of it, or None.
-        at: number of the step that ran away.
-    """
-
-    x: Tensor
-    y: Tensor
-    segments: list[Segment]
-    value: Tensor
-    upper_x: Tensor
-    upper_y: Tensor
-    lower: Tensor
-    inner: int
-    least: float
-    top: float
-    flat: bool
-    counts: Counts
-    fault: Status | None = None
-    at: int = -1
-
-
-@dataclass
-class _Path:
-    """The inner steps while they are taken."""
-
-    x: Tensor
-    y: Tensor
-    limit: float
-    enough: float
-    top: float
-    least: float
-    flat: bool = False
-    t: int = 0
-    segments: list[Segment] = field(default_factory=list)
-    counts: Counts = Counts()
-    fault: Status | None = None
-    at: int = -1
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """A hypergradient, and what is known of its error.
-
-    Attributes:
-        hypergradient: raveled.
-        adjoint: |dF / dy| at the first step that was differentiated: what the steps before it would still change.
-        pulled: how many steps were differentiated.
-        stored: most inner states held at once.
-        counts: what it cost.
-        extra: further residuals.
-    """
-
-    hypergradient: Tensor
-    adjoint: Tensor
-    pulled: int
-    stored: int
-    counts: Counts
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,7 +126,7 @@ class ThroughSolver(Method, ABC):
             ValueError: see `hypergradient`; or for an inner step size that cannot work, with its bound.
         """
         steps, s, counts = self._begin(problem, x0, y0, data)
-        x, y, guess = s.x_vector, s.y_first, s.tolerance
+        x, y, guess = s.x_vector, s.y_vector, s.tolerance
         f = self._forward(steps, x, y, float(guess), s.coefficients)
         s = replace(
             s, y_vector=f.y, value=f.value, error=f.lower, counts=counts + f.counts, inner=torch.tensor(f.inner),
@@ -233,17 +159,21 @@ class ThroughSolver(Method, ABC):
         s, rule, k = state, self._rule(problem), int(state.iterations) + 1
         steps = self._inner(problem, s.spaces, data, int(s.seed))
         x = problem.project(s.x_vector + s.rule.size * rule.direction(s.rule, s.hypergradient), s.spaces)
-        dx, eps = x - s.x_vector, torch.finfo(x.dtype).eps
+        eps = torch.finfo(x.dtype).eps
         f = self._forward(steps, x, s.y_vector if self.warm_start else s.y_first, float(s.tolerance), s.coefficients)
-        spread = f.upper_y.norm() * (f.lower + s.residuals.get("lower", f.lower)) / max(f.least, eps)
-        noise = 10 * eps * float(s.value.abs()) + (float(spread) if self.steps is None else 0.0)
-        if f.fault is None and rule.accepts(s.rule, dx, s.hypergradient, f.value, noise):
+        noise = 10 * eps * float(s.value.abs())
+        if self.steps is None:
+            spread = f.upper_y.norm() * (f.lower + s.residuals.get("lower", f.lower)) / max(f.least, eps)
+            noise += float(spread)
+        # x - s.x_vector is not held while the graph of the inner steps is
+        if f.fault is None and rule.accepts(s.rule, x - s.x_vector, s.hypergradient, f.value, noise):
             p = self._backward(steps, f, float(s.tolerance))
             if all_finite(p.hypergradient):
-                after = rule.after(s.rule, dx, p.hypergradient - s.hypergradient, f.value)
+                after = rule.after(s.rule, x - s.x_vector, p.hypergradient - s.hypergradient, f.value)
                 return self._state(problem, s, f, p, after, s.counts + f.counts + p.counts, k)
             f = replace(f, fault=Status.NON_FINITE, counts=f.counts + p.counts)
-        after = rule.after(s.rule, dx, None, f.value if f.fault is None else torch.full_like(f.value, torch.nan))
+        value = f.value if f.fault is None else torch.full_like(f.value, torch.nan)
+        after = rule.after(s.rule, x - s.x_vector, None, value)
         length = float((after.size * rule.direction(after, s.hypergradient)).norm())
         stuck = length <= 4 * eps * max(float(s.x_vector.norm()), eps)
         code = (f.fault or Status.LINE_SEARCH_FAILED).code if stuck else _RUNNING
@@ -265,20 +195,49 @@ class ThroughSolver(Method, ABC):
         before.set()
         steps = self._inner(problem, spaces, data, seed)
         check_used(point, steps, self.optimizer, x, y, self.steps or 1)
-        rule, _, _, counts = automatic_rule(steps, x, y, 0)
-        top, low = curvatures(rule)
-        refuse_step_size(type(self).__name__, self.optimizer, top)
-        none = x[None, :0]
+        value, lower = point.upper, point.lower_y.norm()
+        scale = point.upper_x.norm() + point.upper_y.norm()
+        del point  # its graph
+        top, low, coefficients, counts = None, math.nan, (math.nan, math.nan), Counts()
+        if self._needs_curvature:
+            rule, _, _, counts = automatic_rule(steps, x, y, 0)
+            top, low = curvatures(rule)
+            coefficients = (rule.lr, rule.momentum)
+        counts += refuse_step_size(type(self).__name__, self.optimizer, steps, x, y, top)
+        none = x.new_empty(1, 0)
         s = ThroughState(
-            x_vector=x, y_vector=y, value=point.upper, error=point.lower_y.norm(),
-            tolerance=through_tolerance(self.stopping, point.upper_x.norm() + point.upper_y.norm()),
+            x_vector=x, y_vector=y, value=value, error=lower, tolerance=through_tolerance(self.stopping, scale),
             codes=torch.tensor(_RUNNING), iterations=torch.tensor(0), counts=counts, spaces=spaces,
-            hypergradient=torch.zeros_like(x), rule=StepState(x.new_ones(()), point.upper[None], none, none),
-            y_first=y, coefficients=x.new_tensor([rule.lr, rule.momentum]), curvature=x.new_tensor(low),
+            hypergradient=x.new_zeros(1).expand_as(x), rule=StepState(x.new_ones(()), value[None], none, none),
+            y_first=y.new_empty(0) if self.warm_start else y, coefficients=x.new_tensor(coefficients),
+            curvature=x.new_tensor(low),
             inner=torch.tensor(0), pulled=torch.tensor(0), stored=torch.tensor(0), diverged_at=torch.tensor(-1),
             seed=torch.tensor(seed),
         )  # fmt: skip
         return steps, s, counts + Counts(1, 1)
+
+    def advice(self, state: Any) -> str:
+        """What a run that did not converge says beyond its status.
+
+        Args:
+            state: its last.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        if state.status in (Status.DIVERGED, Status.NON_FINITE) and int(state.diverged_at) >= 0:
+            return (
+                f"Inner step {int(state.diverged_at)} ran away; x and y are those of the last good evaluation. Lower "
+                "the optimizer's lr, or leave optimizer and steps out (None), which chooses both."
+            )
+        given = self.steps is not None or self._truncation is not None or "target" in state.residuals
+        if given and _bias(state.residuals) > float(state.tolerance):
+            found = ", ".join(f"{k} {float(v):.2g}" for k, v in state.residuals.items() if k != "upper")
+            return (
+                f"Of {int(state.inner)} inner steps {int(state.pulled)} are differentiated, and the bias that is left "
+                f"({found}) is none that steps in x lower: take more of them, or leave their numbers out (None)."
+            )
+        return ""
 
     # What a method may do otherwise.
 
@@ -316,50 +275,56 @@ class ThroughSolver(Method, ABC):
     def _truncation(self) -> int | None:
         return None
 
+    @property
+    def _needs_curvature(self) -> bool:
+        """Whether f's curvature is asked for beyond the refusal of a step size."""
+        return self.steps is None or self.optimizer is None
+
     def _inner(self, problem: Problem, spaces: Spaces, data: Any, seed: int) -> InnerSteps:
         plain = type(self)._weight is ThroughSolver._weight
         return InnerSteps(problem, spaces, data, None if plain else self._weight, seed if seed >= 0 else None)
 
     def _rule(self, problem: Problem) -> UpperStep:
-        if self.upper_step is not None:
-            return self.upper_step
-        return QuasiNewtonStep() if problem.upper_set is None else SpectralStep()
+        return default_step(self.upper_step, problem)
 
     # The evaluation.
 
     def _forward(self, steps: InnerSteps, x: Tensor, y: Tensor, tolerance: float, coefficients: Tensor) -> Forward:
         """The inner steps from y."""
-        top, least = _curvatures_of(coefficients)
-        path = _Path(x, y, 1e10 * (1 + float(y.norm())), 0.1 * tolerance, top, least)
+        top, least = curvatures_of(*coefficients.tolist())
+        path = Path(x, y, 1e10 * (1 + float(y.norm())), 0.1 * tolerance, top, least)
         if self.optimizer is not None or self.steps is not None:
             lr, momentum = (float(c) for c in coefficients)
             self._given_steps(steps, path, SGD(lr, momentum=momentum) if self.optimizer is None else self.optimizer)
         else:
             self._automatic_steps(steps, path)
-        point = steps.linearize(x, path.y, path.t)
-        if path.fault is None and not point.finite():
+        seen = steps.look(x, path.y, path.t)
+        if path.fault is None and not seen.finite:
             path.fault = Status.NON_FINITE
         return Forward(
-            x, path.y, path.segments, point.upper, point.upper_x, point.upper_y, point.lower_y.norm(), path.t,
+            x, path.y, path.segments, seen.value, seen.upper_x, seen.upper_y, seen.lower, path.t,
             path.least, path.top, path.flat, path.counts + Counts(1, 1), path.fault, path.at,
         )  # fmt: skip
 
-    def _given_steps(self, steps: InnerSteps, path: _Path, rule: Rule) -> None:
+    def _given_steps(self, steps: InnerSteps, path: Path, rule: Rule) -> None:
         """A given number of steps, or as many of a given optimizer as bring |f_y| down."""
         carry = steps.first_carry(rule, path.x, path.y, 0)
         total = self.max_inner if self.steps is None else self.steps
+        early = 0 if self.steps is None or self._truncation is None else max(0, total - self._truncation)
         while path.t < total and path.fault is None:
-            part = Segment(rule, path.t, min(_CHUNK, total - path.t), carry, fresh=path.t == 0)
+            end = early if path.t < early else total  # what is not differentiated is not kept
+            part = Segment(rule, path.t, min(_CHUNK, end - path.t), carry, fresh=path.t == 0)
             enough = path.enough if self.steps is None and path.t else -1.0
             carry, taken, last, bad = steps.advance(part, path.x, enough=enough, limit=path.limit)
             if bad is not None:
                 path.at, path.fault = bad
-            self._keep(path.segments, replace(part, count=taken))
+            if path.t >= early:
+                self._keep(path.segments, replace(part, count=taken))
             path.t, path.y, path.counts = path.t + taken, carry.y, path.counts + Counts(lower_gradients=taken)
             if self.steps is None and last <= path.enough:
                 break
 
-    def _automatic_steps(self, steps: InnerSteps, path: _Path) -> None:
+    def _automatic_steps(self, steps: InnerSteps, path: Path) -> None:
         """Rounds of heavy ball, each with the curvatures where it begins, until |f_y| is small."""
         shorten = 1.0
         for _ in range(5):
@@ -391,8 +356,8 @@ class ThroughSolver(Method, ABC):
 
     def _needed(self, steps: InnerSteps, x: Tensor, y: Tensor, rate: float, enough: float) -> int:
         """Steps after which an adjoint of F_y's size has fallen to `enough`, by the rate on a quadratic."""
-        point = steps.linearize(x, y, 0)
-        size = float(torch.maximum(point.upper_y.norm(), point.lower_y.norm()))
+        seen = steps.look(x, y, 0)
+        size = float(torch.maximum(seen.upper_y.norm(), seen.lower))
         if not (size > enough > 0 and rate > 0 and math.isfinite(size)):
             return 1
         # heavy ball's transient is (1 + t (1 - rate)) rate^t
@@ -402,7 +367,8 @@ class ThroughSolver(Method, ABC):
     def _backward(self, steps: InnerSteps, f: Forward, tolerance: float) -> Pulled:
         """The hypergradient, by as many of the steps as it needs."""
         a, counts = self._terminal(steps, f)
-        cotangents, g, pulled, stored = [a], f.upper_x.double(), 0, 0
+        extra = {} if a is f.upper_y else {"target": (a - f.upper_y).norm()}
+        cotangents, g, pulled, stored = [a], f.upper_x, 0, 0
         for found, held, again in self._backwards(steps, f):
             segment, stored = found, max(stored, held)
             counts += Counts(lower_gradients=again)
@@ -415,12 +381,14 @@ class ThroughSolver(Method, ABC):
                     carry = steps.advance(skipped, f.x)[0]
                     segment = Segment(segment.rule, segment.first + segment.count - left, left, carry)
             part, cotangents, spent = self._pull(steps, segment, f.x, cotangents)
-            g, pulled, counts = g + part, pulled + segment.count, counts + spent
+            # two terms need no more digits than their sum is rounded to; more of them are added up in float64
+            g = g + part if pulled == 0 else g.double() + part
+            pulled, counts = pulled + segment.count, counts + spent
             if self.steps is None and self._truncation is None:
                 upper = steps.problem.project(f.x - g.to(f.x), steps.spaces) - f.x
                 if float(cotangents[0].norm()) <= max(0.1 * tolerance, 1e-3 * float(upper.norm())):
                     break
-        return Pulled(g.to(f.x), cotangents[0].norm(), pulled, stored, counts)
+        return Pulled(g.to(f.x), cotangents[0].norm(), pulled, stored, counts, extra)
 
     def _state(
         self, problem: Problem, s: ThroughState, f: Forward, p: Pulled, rule: StepState, counts: Counts, k: int
@@ -430,11 +398,10 @@ class ThroughSolver(Method, ABC):
         residuals |= {"upper": upper, **p.extra}
         finite = f.fault is None and all_finite(p.hypergradient)
         code = _RUNNING if finite else (f.fault or Status.NON_FINITE).code
-        fixed = self.steps is not None or self._truncation is not None
-        before = s.residuals.get("adjoint")
-        if finite and fixed and before is not None and float(upper) <= float(s.tolerance) < float(p.adjoint):
-            # the bias of too few steps is all that is left, and more outer steps do not lower it
-            code = Status.STAGNATED.code if float(p.adjoint) > 0.99 * float(before) else code
+        fixed = self.steps is not None or self._truncation is not None or bool(p.extra)
+        bias, before = _bias(residuals), _bias(s.residuals)
+        if finite and fixed and s.residuals and float(upper) <= float(s.tolerance) < bias and bias > 0.99 * before:
+            code = Status.STAGNATED.code  # too few steps are all that is left, and more outer ones do not help
         if finite and f.flat and self._weight(0) == 0 and float(upper) <= float(s.tolerance) < float(p.adjoint):
             code = Status.SINGULAR.code
         return replace(
@@ -443,6 +410,26 @@ class ThroughSolver(Method, ABC):
             hypergradient=p.hypergradient, rule=rule, curvature=f.x.new_tensor(f.least), inner=torch.tensor(f.inner),
             pulled=torch.tensor(p.pulled), stored=torch.maximum(s.stored, torch.tensor(p.stored)),
         )  # fmt: skip
+
+
+def _bias(residuals: dict[str, Tensor]) -> float:
+    """The largest residual that no step in x lowers."""
+    return max([float(value) for name, value in residuals.items() if name != "upper"], default=0.0)
+
+
+def default_step(given: UpperStep | None, problem: Problem) -> UpperStep:
+    """The rule given, or QuasiNewtonStep() on the whole space and SpectralStep() on a set.
+
+    Args:
+        given: a method's own.
+        problem: whose upper set counts.
+
+    Returns:
+        The rule.
+    """
+    if given is not None:
+        return given
+    return QuasiNewtonStep() if problem.upper_set is None else SpectralStep()
 
 
 def through_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
@@ -456,22 +443,3 @@ def through_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
         The absolute tolerance of a run.
     """
     return stopping.tolerance(scale, 1e-7 if scale.dtype == torch.float64 else 1e-4)
-
-
-def curvatures(rule: SGD) -> tuple[float, float]:
-    """L and m, from Polyak's coefficients of them.
-
-    Args:
-        rule: of `automatic_rule`.
-
-    Returns:
-        The largest and the smallest curvature that it was made for.
-    """
-    root = math.sqrt(max(float(rule.momentum), 0.0))
-    total = 2 / math.sqrt(float(rule.lr))  # sqrt(L) + sqrt(m)
-    return (total * (1 + root) / 2) ** 2 / 1.02, (total * (1 - root) / 2) ** 2
-
-
-def _curvatures_of(coefficients: Tensor) -> tuple[float, float]:
-    lr, momentum = (float(c) for c in coefficients)
-    return curvatures(SGD(lr, momentum=momentum))

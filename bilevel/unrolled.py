@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .assumptions import Assumptions
 from .counts import Counts
+from .inner_path import Forward, Pulled
 from .inner_steps import InnerSteps
 from .problem import Linearization
-from .through_solver import Forward, Pulled, ThroughSolver
+from .through_solver import ThroughSolver
 
 __all__ = ["Unrolled", "tangent_residual"]
 
@@ -34,20 +35,23 @@ class Unrolled(ThroughSolver):
     returned. The bias is in reverse |a| = |dF / dy_t| at the first step t that was differentiated, which is |F_y - H v|
     of the implicit method: near y*(x) the hypergradient is wrong by (dy*/dx)' a; in forward mode |F_y| |f_yy Z + f_yx|
     / m, m the smallest curvature, which bounds it. CONVERGED means error <= max(rtol (|F_x| + |g - F_x|), atol) with
-    the scale taken at x0; where a given number of steps or a truncation leaves more bias than that, the run ends as
-    STAGNATED at the minimiser of F(x, y_T(x)), and where f is flat as SINGULAR. A run of the inner iterates to infinity
-    is DIVERGED, with the step in `state.diverged_at`.
+    the scale taken at x0; where a given number of steps leaves more bias than that, the run ends as STAGNATED at the
+    minimiser of F(x, y_T(x)), and where f is flat as SINGULAR. A truncated g is no function's gradient: with more bias
+    than the tolerance such a run may also end at its limit or as LINE_SEARCH_FAILED. `unwrap()` names the bias that is
+    left. A run of the inner iterates to infinity is DIVERGED, with the step in `state.diverged_at`.
 
     Cost of an evaluation: T gradients of f, then one gradient and one product for each of the steps pulled back
-    (reverse), or one gradient and as many products as there are upper variables for each step (forward). Memory: one
-    inner state in 25 steps and the graph of 25 steps (reverse), Z (forward).
+    (reverse), or one gradient and as many products as there are upper variables for each step (forward). Memory beside
+    x, y and g at two points: one inner state in 25 steps and the graph of 25 steps (reverse), those of the truncated
+    steps alone where both numbers are given; Z (forward).
 
     Args:
         steps: T, the inner steps of each evaluation; None for as many as the certificate asks for.
         optimizer: the inner one: implicit.SGD(lr, momentum=...), Adam, AdamW, or a function (x, t) -> optimizer whose
             hyper-parameters x holds (an object with a repr of its own, where a checkpoint is to be resumed in another
             process); None for heavy ball of automatic coefficients.
-        upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set.
+        upper_step: None for QuasiNewtonStep() on the whole space, which keeps 40 vectors like x, and SpectralStep() on
+            a set, which keeps none: for millions of upper variables.
         stopping: rtol None is 1e-7 in float64 and 1e-4 in float32.
         warm_start: whether the inner steps begin at the last y, or always at y0; where y*(x) is not unique the two
             lead to different answers (Vicol et al. 2022).
@@ -92,6 +96,10 @@ class Unrolled(ThroughSolver):
     @property
     def _truncation(self) -> int | None:
         return self.truncation
+
+    @property
+    def _needs_curvature(self) -> bool:
+        return super()._needs_curvature or self.mode == "forward"
 
     def _needed(self, steps: InnerSteps, x: Tensor, y: Tensor, rate: float, enough: float) -> int:
         if self.mode == "forward":  # the bound is larger than the error by up to the condition number

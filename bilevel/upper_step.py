@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .curvature_pairs import Pairs
+
 __all__ = ["ConstantStep", "QuasiNewtonStep", "SpectralStep", "StepState", "UpperStep"]
 
 
@@ -161,8 +163,8 @@ class SpectralStep(UpperStep):
 class QuasiNewtonStep(UpperStep):
     """Limited-memory BFGS directions with an Armijo test, for an upper level without a set.
 
-    The direction is -B g with the inverse BFGS matrix B of the last `memory` pairs (dx, dg), by the two-loop recursion;
-    a pair enters when dx'dg > 1e-10 |dx| |dg|. The first trial along a direction has size 1 (before there is a pair,
+    The direction is -B g with the inverse BFGS matrix B of the last `memory` pairs (dx, dg), in its compact form; a
+    pair enters when dx'dg > 1e-10 |dx| |dg|. The first trial along a direction has size 1 (before there is a pair,
     the length first * max(1, |x|)). A trial is accepted when phi(trial) <= phi(x) + decrease * <g, dx> + noise; a
     rejected one halves the size, one with a NaN divides it by ten, and after eight halvings the pairs are forgotten.
 
@@ -172,7 +174,7 @@ class QuasiNewtonStep(UpperStep):
         decrease: Armijo's constant, in (0, 1/2).
 
     Reference:
-        Nocedal & Wright 2006, algorithms 7.4 and 7.5.
+        Byrd, Nocedal & Schnabel 1994, theorem 2.2; Nocedal & Wright 2006, algorithm 7.5.
 
     Example:
         >>> QuasiNewtonStep(memory=5)
@@ -188,17 +190,8 @@ class QuasiNewtonStep(UpperStep):
             raise ValueError(f"QuasiNewtonStep: first > 0, memory >= 1 and 0 < decrease < 1/2 are needed, not {self}.")
 
     def direction(self, s: StepState, hypergradient: Tensor) -> Tensor:
-        """-B g by the two-loop recursion."""
-        d, weights = -hypergradient, []
-        for step, change in zip(s.steps.flip(0), s.changes.flip(0), strict=True):
-            weight = torch.dot(step, d) / torch.dot(step, change)
-            weights.append(weight)
-            d = d - weight * change
-        if weights:
-            d = d * (torch.dot(s.steps[-1], s.changes[-1]) / torch.dot(s.changes[-1], s.changes[-1]))
-        for step, change, weight in zip(s.steps, s.changes, reversed(weights), strict=True):
-            d = d + (weight - torch.dot(change, d) / torch.dot(step, change)) * step
-        return d
+        """-B g."""
+        return Pairs.of(s.steps, s.changes).direction(hypergradient)
 
     def accepts(self, s: StepState, dx: Tensor, hypergradient: Tensor, value: Tensor, noise: float) -> bool:
         """The Armijo test; NaN and inf fail it."""

@@ -1,4 +1,4 @@
-"""Hypergradients from differences of value functions: first order only, the cure for a penalty's bias."""
+"""Hypergradients from differences of value functions: the cure for a penalty's bias."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class ValueDifference(Method):
     such parts); upper, |P_X(x - g) - x|; and bias, a third of the distance between the hypergradients with eps and with
     2 eps, which is the leading term of the bias and sees the rounding as well; it is measured where the others are
     within the tolerance, and eps is shortened until it is too. CONVERGED means error <= max(rtol (|F_x| + |F_y|), atol)
-    with the scale taken at the start. It ends as STAGNATED where shortening eps no longer lowers the bias.
+    with the scale taken at the start. It ends as STAGNATED where shortening eps no longer lowers the bias, and where
+    the lower level has no minimiser at x0 with the status of its solve, x0, y0 and an error of inf.
 
     Cost of a step: three lower solves, three gradients of F and of f; no product (but see lower_solver).
 
@@ -85,7 +86,7 @@ class ValueDifference(Method):
         lower_solver: None for CompactLBFGS() where the lower level is smooth, which needs gradients only (NewtonCG() is
             faster where products are cheap); for the solvers of `lower_level`, which use products, where it has a set,
             a prox or constraints.
-        stopping: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: if penalty is not positive.
@@ -148,6 +149,9 @@ class ValueDifference(Method):
         side = bool(self.one_sided)
         nodes = Nodes(problem, oracle, self.lower_solver, data, y.new_zeros(0, len(y)), y.new_zeros(0, len(y)))
         d = self._difference(nodes, x, nodes.start(y), epsilon, side, tolerance)
+        if d.fault is not None:  # the start is the last good point, and nothing is known there
+            unknown = torch.full_like(x, torch.nan)
+            d = replace(d, nodes=y.expand(3, -1), upper=upper.value, residual=d.bias, hypergradient=unknown)
         bias = d.bias if d.fault is not None else nodes.bias(x, d, _node_tolerance(tolerance, d.epsilon))
         rule = self._rule(problem).start(x, d.hypergradient, d.value)
         return self._state(nodes, d, x, bias, rule, tolerance, oracle.counts, 0)
@@ -187,6 +191,9 @@ class ValueDifference(Method):
         d = self._difference(nodes, x, here, s.epsilon, s.one_sided, s.tolerance)
         if d.one_sided != s.one_sided:  # found out here: values can be compared with the same nodes only
             d = self._difference(nodes, s.x_vector, here, s.epsilon, True, s.tolerance)
+            if d.fault is not None:
+                codes = torch.tensor(d.fault.code)
+                return replace(s, codes=codes, counts=s.counts + oracle.counts, iterations=s.iterations + 1)
             fresh = rule.start(s.x_vector, d.hypergradient, d.value)
             return self._state(nodes, d, s.x_vector, s.bias, fresh, s.tolerance, s.counts + oracle.counts, k)
         noise = 10 * eps * float(d.size / d.epsilon + d.value.abs())
@@ -234,7 +241,7 @@ class ValueDifference(Method):
         self, nodes: Nodes, d: Differences, x: Tensor, bias: Tensor, rule: StepState, tolerance: Tensor,
         counts: Counts, k: int,
     ) -> ValueDifferenceState:  # fmt: skip
-        upper = _projected(nodes.oracle, x, d.hypergradient)
+        upper = _projected(nodes.oracle, x, d.hypergradient) if d.fault is None else d.bias
         residuals = {"lower": d.residual, "upper": upper, "bias": bias}
         finite = d.fault is None and all_finite(d.hypergradient)
         return ValueDifferenceState(

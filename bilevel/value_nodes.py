@@ -12,10 +12,11 @@ from nestopt.linalg import Status
 from nestopt.linalg.result import all_finite
 
 from .counts import Counts
+from .curvature_pairs import Pairs
 from .lower_choice import SmoothLevel, lower_level
 from .oracle import Oracle
 from .problem import Problem
-from .quasi_newton import CompactLBFGS, CompactState, Pairs
+from .quasi_newton import CompactLBFGS, CompactState
 
 __all__ = ["Differences", "Nodes"]
 
@@ -71,7 +72,7 @@ class Differences:
         return torch.full_like(self.value, torch.inf)
 
     def at(self, offset: float) -> Tensor:
-        """Y(offset * eps) by quadratic interpolation: where a solve starts."""
+        """The nodes' y(offset * eps) by quadratic interpolation: where a solve starts."""
         where = _ONE_SIDED if self.one_sided else _CENTRAL
         a, b, c = (offset - w for w in where)
         return self.nodes[0] * (b * c / 2) - self.nodes[1] * (a * c) + self.nodes[2] * (a * b / 2)

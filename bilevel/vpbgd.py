@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from nestopt.linalg import Stopping
 
 from .assumptions import Assumptions
-from .counts import Counts
 from .method import Method, MethodState
-from .oracle import Oracle
-from .penalty import PenaltyMethod, PenaltyState, error_of, refuse_sizes
-from .penalty_steps import Curvatures, Schedule, TwoPoints, Watch, descend, schedule_value
+from .oracle import Oracle, Slopes
+from .penalty import error_of, refuse_sizes
+from .penalty_steps import Schedule, TwoPoints, descend, ramp, refuse_long_step, schedule_value
 from .value_difference import ValueDifference
+from .watched import WatchedMethod, WatchedState
 
 __all__ = ["VPBGD", "VPBGDState"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VPBGDState(PenaltyState):
+class VPBGDState(WatchedState):
     """Where V-PBGD stands.
 
     Attributes:
@@ -30,24 +29,16 @@ class VPBGDState(PenaltyState):
         penalty: c.
         slope: F_x + c (f_x(x, y) - f_x(x, w)).
         slope_y: F_y + c f_y.
-        gap: f(x, y) - f(x, w).
-        watch: the step size in x.
-        upper_curvature: of F in y.
-        lower_curvature: of f in y.
     """
 
     auxiliary: Tensor
     penalty: Tensor
     slope: Tensor
     slope_y: Tensor
-    gap: Tensor
-    watch: Watch
-    upper_curvature: Tensor
-    lower_curvature: Tensor
 
 
 @dataclass(frozen=True)
-class VPBGD(PenaltyMethod):
+class VPBGD(WatchedMethod):
     """Penalty-based bilevel gradient descent on F(x, y) + c (f(x, y) - min over w of f(x, w)).
 
     One step, with c ramped up linearly to its last value:
@@ -69,10 +60,10 @@ class VPBGD(PenaltyMethod):
         penalty: c: a number, a schedule k -> c, or None for a ramp from 1 to 100 times (curvature of F) /
             (curvature of f) over `ramp` steps.
         ramp: steps of the automatic ramp.
-        step_size: a for x and y, below 2 / (L_F + c L_f); None watches.
-        auxiliary_step_size: b, below 2 / L_f; None watches.
+        step_size: a for x and y, below 2 / (L_F + c L_f), or it is refused; None watches.
+        auxiliary_step_size: b, below 2 / L_f, or it is refused; None watches.
         debias: the second stage: ValueDifference() (first order), AID() (products), None for the bare method.
-        stopping: of the first stage: rtol None is 1e-6 in float64 and 1e-3 in lower precision.
+        stopping: of the first stage: rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Raises:
         ValueError: for sizes or steps that are not positive.
@@ -81,6 +72,7 @@ class VPBGD(PenaltyMethod):
         Shen & Chen 2023, algorithm 1 (V-PBGD).
 
     Example:
+        >>> import torch
         >>> from nestopt import bilevel
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y: ((y - 1) ** 2).sum(), lower=lambda x, y: ((y - x) ** 2).sum() + 0.5 * (y**2).sum()
@@ -102,37 +94,29 @@ class VPBGD(PenaltyMethod):
     State: ClassVar[type[MethodState]] = VPBGDState
     assumptions: ClassVar[Assumptions] = Assumptions("penalty", "Shen & Chen 2023", lower_set=True, unique=False)
 
-    parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-
     def __post_init__(self) -> None:
         refuse_sizes(self, "steps", "penalty", "ramp", "step_size", "auxiliary_step_size")
 
-    def _begin(self, oracle: Oracle, x: Tensor, y: Tensor) -> VPBGDState:
-        upper = oracle.upper(x, y)
-        seen = Curvatures.at(oracle, x, y, upper.y)
-        zero = torch.zeros_like(upper.value)
-        s = VPBGDState(
-            **self._fields(oracle, x, y, upper), error=zero, auxiliary=y, penalty=zero, slope=upper.x, slope_y=upper.y,
-            gap=zero, watch=Watch.start(oracle, x, y, upper), upper_curvature=seen.upper, lower_curvature=seen.lower,
-        )  # fmt: skip
+    def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> VPBGDState:
+        x, y = shared["x_vector"], shared["y_vector"]
+        s = VPBGDState(**shared, auxiliary=y, penalty=shared["gap"], slope=upper.x, slope_y=upper.y)
+        if not oracle.nonsmooth.present:
+            c = self._penalty(s, 0)
+            refuse_long_step(self, "step_size", oracle, lambda v: oracle.weighted(x, v, upper=1.0, lower=c).y, y)
+            refuse_long_step(self, "auxiliary_step_size", oracle, lambda v: oracle.lower_y(x, v)[1], y)
         return self._look(oracle, s, x, y, 0)
 
     def _advance(self, oracle: Oracle, s: VPBGDState) -> VPBGDState:
         x, c = s.x_vector, s.penalty
-        if self.step_size is not None:
-            (size, watch), size_y = s.watch.fixed(self.step_size), torch.full_like(c, self.step_size)
-        else:
-            lag = s.residuals["auxiliary"] + s.residuals["blend"]
-            size, watch = s.watch.move(oracle, x, s.slope, s.value, s.gap, c, lag)
-            size_y = 1 / (s.upper_curvature + c * s.lower_curvature)
+        size, watch = self._size_in_x(oracle, s, s.slope, c, self.step_size)
+        size_y = 1 / (s.upper_curvature + c * s.lower_curvature) if self.step_size is None else size
         x = oracle.project(x - size * s.slope)
         y = oracle.prox(s.y_vector - size_y * s.slope_y, size_y, x)
         return self._look(oracle, replace(s, watch=watch), x, y, int(s.iterations) + 1)
 
     def _look(self, oracle: Oracle, s: VPBGDState, x: Tensor, y: Tensor, k: int) -> VPBGDState:
         """T steps of w at (x, y), and what is seen there."""
-        unit = Curvatures(s.upper_curvature, s.lower_curvature).unit
-        c = schedule_value(self.penalty, unit, lambda i: 1.0 + 99.0 * min(i / self.ramp, 1.0), k)
+        c = self._penalty(s, k)
         w, f = descend(
             oracle, lambda v: oracle.lower_y(x, v)[1], x, s.auxiliary, self.steps, s.lower_curvature,
             self.auxiliary_step_size,
@@ -144,3 +128,6 @@ class VPBGD(PenaltyMethod):
             s, x_vector=x, y_vector=y, auxiliary=w, penalty=c, slope=slope, slope_y=slope_y, gap=p.gap,
             value=p.upper.value, residuals=residuals, error=error_of(residuals), lower_curvature=f,
         )  # fmt: skip
+
+    def _penalty(self, s: VPBGDState, k: int) -> Tensor:
+        return schedule_value(self.penalty, s.curvatures.unit, ramp(self.ramp), k)

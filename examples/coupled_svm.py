@@ -1,8 +1,11 @@
 """A support vector machine whose constraints couple both levels, solved by LV-HBA and by implicit differentiation.
 
-breast_cancer. The lower level is a soft-margin machine: y are its weights, bias and slacks, the smallest weights with
-t_i (a_i . w + b) >= 1 - s_i and s_i <= x_i. The upper variable x bounds the slack of every training point and so stands
-in the constraints; the upper objective is the hinge of a validation set, and small bounds.
+breast_cancer, its first ten columns. The lower level is a soft-margin machine: y are its weights, bias and slacks, the
+smallest weights with t_i (a_i . w + b) >= 1 - s_i and s_i <= x_i. The upper variable x bounds the slack of every
+training point and so stands in the constraints; the upper objective is the smoothed hinge of a validation set, and
+small bounds. Where a bound meets its slack the upper objective has a kink, at which the projected hypergradient, and so
+the certified error, does not fall to zero: all methods are asked for the same absolute error of 2e-3. A bound for each
+of so few points classifies test points no better than one bound for all; the example is about the constraints.
 
 Run: python examples/coupled_svm.py [--output FIGURE.png] [--quick]
 """
@@ -27,7 +30,7 @@ HEAD = ("steps", "seconds", "error", "violation", "objective", "validation", "te
 
 def load(points):
     X, t = load_breast_cancer(return_X_y=True)
-    X, V, t, v = train_test_split(X, 2.0 * t - 1, train_size=points, random_state=0, stratify=t)
+    X, V, t, v = train_test_split(X[:, :10], 2.0 * t - 1, train_size=points, random_state=0, stratify=t)
     V, E, v, e = train_test_split(V, v, train_size=200, random_state=0, stratify=v)
     mean, scale = X.mean(0), X.std(0)
     return [torch.as_tensor(a) for a in ((X - mean) / scale, t, (V - mean) / scale, v, (E - mean) / scale, e)]
@@ -35,7 +38,7 @@ def load(points):
 
 def machine(X, t, V, v):
     def upper(x, y):
-        return softplus(1 - v * (V @ y["w"] + y["b"])).mean() + 0.01 * (x**2).mean()
+        return softplus(1 - v * (V @ y["w"] + y["b"])).mean() + 1e-3 * (x**2).sum()
 
     def lower(x, y):
         return (y["w"] ** 2).sum() / 2 + 1e-3 * y["b"] ** 2 / 2 + 1e-2 * (y["s"] ** 2).sum() / 2
@@ -47,9 +50,9 @@ def machine(X, t, V, v):
 
 
 def compare(quick):
-    X, t, V, v, E, e = load(20 if quick else 60)
+    X, t, V, v, E, e = load(20 if quick else 40)
     problem, n = machine(X, t, V, v), len(t)
-    y0 = {"w": torch.zeros(30), "b": torch.zeros(()), "s": torch.ones(n)}
+    y0 = {"w": torch.zeros(10), "b": torch.zeros(()), "s": torch.ones(n)}
 
     def accuracy(y, inputs, targets):
         return f"{float((torch.sign(inputs @ y['w'] + y['b']) == targets).double().mean()):.3f}"
@@ -59,7 +62,7 @@ def compare(quick):
         svm = LinearSVC(C=C).fit(X, t)
         y = {"w": torch.as_tensor(svm.coef_[0]), "b": torch.as_tensor(svm.intercept_[0])}
         print(ROW.format(f"one bound for all, C = {C:g}", *[""] * 5, accuracy(y, V, v), accuracy(y, E, e), ""))
-    stopping, runs = linalg.Stopping(rtol=1e-3, max_iter=5 if quick else 60), {}
+    stopping, runs = linalg.Stopping(rtol=0.0, atol=2e-3, max_iter=5 if quick else 100), {}
     for name, method in (
         ("LV-HBA", bilevel.LVHBA(stopping=stopping)),
         ("LV-HBA without second stage", bilevel.LVHBA(debias=None, stopping=stopping)),
@@ -83,7 +86,7 @@ def draw(output, runs, X, t):
         middle.plot(seconds, [record["value"] for record in res.history], label=name)
     left.set(xlabel="seconds", title="certified error")
     middle.set(xlabel="seconds", title="upper objective")
-    middle.legend(frameon=False)
+    middle.legend(frameon=False, loc="upper right")
     res = runs["LV-HBA"]
     margins = t * (X @ res.y["w"] + res.y["b"])
     right.scatter(margins.tolist(), res.x.tolist(), c=res.y["s"].tolist(), cmap="viridis")

@@ -2,7 +2,9 @@
 
 x holds the logarithms of twenty learning rates, y the network after a hundred steps of SGD with momentum on minibatches
 of digits, each rate used for five of them. `Replay` pulls the validation loss back through the training, in memory for
-a few of its steps, and `trust` compares that metagradient with a finite difference of the whole training.
+a few of its steps, and its residual `trust` compares that metagradient with a finite difference of the whole training.
+The learnt schedule has by far the lowest validation loss; its test accuracy is above that of the best constant rate,
+but no higher than that rate's with a plain cosine decay.
 
 Run: python examples/learning_rate_schedule.py [--output FIGURE.png] [--quick]
 """
@@ -94,10 +96,16 @@ def learn(quick):
 def draw(output, best, ramp, path, res):
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.step(range(PIECES), torch.exp(res.x), color="tab:blue", label="learnt")
-    left.step(range(PIECES), best * ramp, color="0.6", linestyle="--", label="cosine decay")
+    left.stairs(torch.exp(res.x), baseline=None, color="tab:blue", label="learnt")
+    left.stairs(best * ramp, baseline=None, color="0.6", linestyle="--", label="cosine decay")
     left.axhline(best, color="0.6", label="best constant")
-    left.set(xlabel="piece of the training", ylabel="learning rate", yscale="log", title="schedule")
+    left.set(
+        xlabel="piece of the training",
+        xticks=range(0, PIECES + 1, 5),
+        ylabel="learning rate",
+        yscale="log",
+        title="schedule",
+    )
     left.legend(frameon=False)
     right.semilogy([value for value, _ in path], "o-")
     right.set(xlabel="outer step", title="validation loss after the training")

@@ -64,13 +64,14 @@ def evaluate(function: Callable[..., Any], *arguments: Any, name: str) -> Tensor
         return value.reshape(())
 
 
-def gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Gradients of a scalar, zeros for inputs that it does not depend on; the value's graph is kept.
+def gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, keep: bool = True) -> list[Tensor]:
+    """Gradients of a scalar, zeros for inputs that it does not depend on.
 
     Args:
         value: scalar with its graph.
         inputs: leaves.
         create_graph: keep the gradient's own graph, for products with second derivatives.
+        keep: False frees the value's graph while it is walked, where nothing else needs it.
 
     Returns:
         One gradient an input.
@@ -79,21 +80,27 @@ def gradient(value: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = Fa
         return [torch.zeros_like(leaf) for leaf in inputs]
     return list(
         torch.autograd.grad(
-            value, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True, materialize_grads=True
+            value, inputs, create_graph=create_graph, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
     )
 
 
 def products(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool = False
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    batched: bool = False,
+    keep: bool = True,
 ) -> list[Tensor]:
-    """Vector-Jacobian products along a kept graph: sum over outputs of (d output / d input)' cotangent.
+    """Vector-Jacobian products along a graph: sum over outputs of (d output / d input)' cotangent.
 
     Args:
         outputs: tensors with their graph; those without one are constant and add nothing.
         inputs: leaves.
         cotangents: one an output, of its shape, or of shape (k, *shape) when batched.
         batched: vmap the backward pass over the cotangents' first dimension.
+        keep: False frees the graph while it is walked, where nothing else needs it.
 
     Returns:
         One tensor an input, zeros where nothing depends on it.
@@ -106,7 +113,7 @@ def products(
         [output for output, _ in live],
         inputs,
         [cotangent for _, cotangent in live],
-        retain_graph=True,
+        retain_graph=keep,
         allow_unused=True,
         is_grads_batched=batched,
     )

@@ -204,7 +204,7 @@ class LinearOperator(ABC):
         return active.ndim > 0 and not self.batch_shape and not active.is_cuda
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
-        """B - A x, from a fresh product; a subclass that can, computes it in a higher precision.
+        """The residual b - A x, from a fresh product; a subclass that can, computes it in a higher precision.
 
         Args:
             x: shape (*sides, *batch, n).

@@ -158,6 +158,8 @@ class Ravel:
     def split(self, vector: Tensor) -> list[Tensor]:
         """The leaves, of shapes (*batch, *shape), of a vector of shape (*batch, n)."""
         batch = vector.shape[:-1]
+        if len(self.shapes) == 1:
+            return [vector.reshape(batch + self.shapes[0])]
         parts = torch.split(vector, [shape.numel() for shape in self.shapes], dim=-1)
         return [part.reshape(batch + shape) for part, shape in zip(parts, self.shapes, strict=True)]
 

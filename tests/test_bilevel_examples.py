@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
-from nestopt.linalg import Status
+from nestopt import bilevel
+from nestopt.linalg import Status, Stopping
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -35,6 +37,14 @@ def cell(printed, row, column):
 
 def drawn(path):
     return path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_have_a_quick_mode(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert "--quick" in text
+    assert f"examples/{path.name}" in text  # how to run it
 
 
 def test_ten_distilled_digits_do_for_a_thousand(example, tmp_path, capsys):
@@ -68,11 +78,24 @@ def test_meta_learnt_features_serve_new_tasks(example, tmp_path, capsys):
 
 def test_unrolled_hypergradients_approach_the_implicit_one(example):
     module = example("meta_learning")
+    module.NEW = 5
     train = module.sinusoids(5, 0)
-    problem, res, _ = module.learn("sinusoids", train, train, module.squared, 1, lambda p, t: 0.0, 2)
-    _, differences = module.agreement(problem, res, [4, 32, 256])
+    problem, best, *_ = module.learn("sinusoids", train, train, train, 1, lambda p, t: 0.0, 2)
+    _, differences = module.agreement(problem, best, [4, 32, 256])
     assert differences[0] > differences[1] > differences[2]
     assert differences[2] < 1e-4  # the implicit one stands at heads solved to a tenth of that
+
+
+def test_cleaning_by_a_chosen_strength(example):
+    """The full-size figures of the strength that `best_strength` chooses."""
+    module = example("hyper_cleaning")
+    train, held, (E, e) = module.load()
+    problem = module.cleaning(train, held, 3e-5)
+    y0 = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
+    res = bilevel.solve(problem, torch.zeros(800), y0, bilevel.AID(stopping=Stopping(rtol=1e-3, max_iter=60)))
+    assert res.status == Status.CONVERGED
+    assert float((module.predict(res.y, E).argmax(-1) == e).double().mean()) >= 0.945
+    assert f1_score(train[2], res.x < 0) >= 0.946
 
 
 @pytest.mark.slow

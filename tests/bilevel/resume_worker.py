@@ -44,6 +44,21 @@ def regression():
     return problem, torch.full((4,), -1.0, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
 
 
+def block_samples(seed):
+    X, t = samples(40, seed)
+    return X.reshape(5, 8, 4), t.reshape(5, 8)
+
+
+def block_loss(x, y, batch):
+    return ((torch.einsum("bnp,bp->bn", batch[0], y) - batch[1]) ** 2).mean() / 2
+
+
+def blocks():
+    """Five ridge regressions with one penalty."""
+    problem = bilevel.Problem(block_loss, lambda x, y, d: block_loss(x, y, d) + x.exp() * (y**2).sum(1).mean() / 2)
+    return problem, torch.tensor(-1.0, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
+
+
 def batches():
     return bilevel.Batches(samples(30, 0), samples(20, 1), batch_size=5, seed=2)
 
@@ -87,8 +102,12 @@ def prepared(name):
         "Unrolled": lambda: bilevel.Unrolled(stopping=STOPPING),
         "SOBA": lambda: bilevel.SOBA(stopping=STOPPING),
         "SABA": lambda: bilevel.SABA(stopping=STOPPING),
+        "MRBO": lambda: bilevel.MRBO(stopping=STOPPING),
+        "BSVRB": lambda: bilevel.BSVRB(track="hessian", stopping=STOPPING),
     }
-    if name in ("SOBA", "SABA"):
+    if name == "BSVRB":
+        return *blocks(), methods[name](), bilevel.BlockBatches(block_samples(0), blocks=2, batch_size=3)
+    if name in ("SOBA", "SABA", "MRBO"):
         return *regression(), methods[name](), batches()
     return *plain, methods[name](), None
 

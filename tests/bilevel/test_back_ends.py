@@ -67,7 +67,8 @@ def unravel(case, v):
 def test_exact_back_ends_in_aid(solver):
     case = logistic()
     res = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID(linear_solver=solver))
-    reference = bilevel.solve(case.problem, case.x0, case.y0)
+    # phi falls for ever, flatter and flatter: all have to take the same steps to stop at the same point
+    reference = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID(linear_solver=linalg.Cholesky(refinements=3)))
     assert res.converged, (res.status, res.residuals)
     assert relative(res.x, reference.x) <= 1e-6
 

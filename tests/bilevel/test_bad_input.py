@@ -37,12 +37,12 @@ def refused(problem, x, y, error, *words):
 def test_upper_variable_nobody_uses():
     x = {"used": one, "forgotten": one.clone()}
     problem = bilevel.Problem(lambda x, y: upper(x, y), lambda x, y: lower(x["used"], y))
-    refused(problem, x, one.clone(), ValueError, "x['forgotten']", "neither upper nor lower")
+    refused(problem, x, one.clone(), ValueError, "x['forgotten']", "used by no function of the problem")
 
 
 def test_detached_upper_variable():
     problem = bilevel.Problem(upper, lambda x, y: lower(x.detach(), y))
-    refused(problem, one, one.clone(), ValueError, "neither upper nor lower", ".detach()")
+    refused(problem, one, one.clone(), ValueError, "used by no function of the problem", ".detach()")
 
 
 def test_upper_without_y_and_lower_without_y():

@@ -406,6 +406,55 @@ def test_resume_and_the_loop_by_hand():
     assert seen == [0, 1]
 
 
+class Killed(Exception):
+    """Ends a run from outside."""
+
+
+@pytest.mark.parametrize("upper_set", [None, constrained.Box(-2.0, -1.5)], ids=["free", "box"])
+def test_solve_takes_a_batch_and_a_checkpoint_resumes_it(upper_set, tmp_path):
+    make, x0, y0 = seeds(B=3, upper_set=upper_set)
+    x0 = x0.clone()
+    x0[1, 0] = math.nan  # an item that has ended stays as it was
+    problem, method, path = make(slice(3)), bilevel.BatchedAID(), tmp_path / "run.pt"
+    bar = bilevel.ProgressBar(disable=True)
+    whole = bilevel.solve(problem, x0, y0, method, callbacks=[bar])
+    assert [status.name for status in whole.status] == ["CONVERGED", "NON_FINITE", "CONVERGED"]
+    assert whole.method == method
+    assert len(whole.history) == int(whole.iterations.max()) + 1
+    assert whole.history[-1]["error"][2] == float(whole.error[2])
+    assert whole.history[-1]["lower_solves"] == whole.counts.lower_solves
+
+    def kill(k, state):
+        if int(state.iterations.max()) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        bilevel.solve(problem, x0, y0, method, callbacks=[bilevel.Checkpoint(path, every=1), kill])
+    rest = bilevel.solve(problem, x0, y0, method, callbacks=[bilevel.Checkpoint(path)])
+    for name in ("x", "y", "error", "iterations", "codes"):
+        assert torch.equal(getattr(rest, name).nan_to_num(7.0), getattr(whole, name).nan_to_num(7.0)), name
+    assert rest.counts == whole.counts
+    assert [r["lower_solves"] for r in rest.history] == [r["lower_solves"] for r in whole.history]
+    again = bilevel.solve(problem, x0, y0, method, callbacks=[bilevel.Checkpoint(path)])
+    assert again.counts == whole.counts  # the end was saved, and nothing is left to do
+    with pytest.raises(ValueError, match="the saved run has a batch of"):
+        bilevel.solve(make(slice(2)), x0[:2], y0[:2], method, callbacks=[bilevel.Checkpoint(path)])
+
+
+def test_data_of_a_batch():
+    goals = torch.tensor([[1.0], [2.0]], dtype=DOUBLE)
+    problem = bilevel.Problem(
+        lambda x, y, d: ((y - d) ** 2).sum(-1), lambda x, y, d: (1.5 * y**2 - x * y).sum(-1) + 0 * d.sum()
+    )
+    start = torch.zeros(2, 1, dtype=DOUBLE)
+    res = bilevel.solve(problem, start, start.clone(), bilevel.BatchedAID(), data=lambda k: goals)
+    assert torch.allclose(res.x, 3 * goals)
+    with pytest.raises(TypeError, match="data must be a function k -> batch"):
+        bilevel.solve(problem, start, start.clone(), bilevel.BatchedAID(), data=goals)
+    with pytest.raises(ValueError, match="held and check_every are for stochastic methods"):
+        bilevel.solve(problem, start, start.clone(), bilevel.BatchedAID(), data=lambda k: goals, held=goals)
+
+
 def test_float32_dicts_and_other_solvers():
     make, x0, y0 = seeds(B=2, dtype=torch.float32)
     res = bilevel.BatchedAID()(make(slice(None)), x0, y0)

@@ -21,6 +21,39 @@ def test_checkpoint_refuses_another_run(tmp_path):
         bilevel.Checkpoint(path, every=0)
 
 
+def test_checkpoint_wants_a_folder_that_exists(tmp_path):
+    case = quadratic(5, 3)
+    path = tmp_path / "no" / "run"
+    with pytest.raises(FileNotFoundError, match="no does not exist"):
+        bilevel.solve(case.problem, case.x0, case.y0, callbacks=[bilevel.Checkpoint(path)])
+
+
+def test_a_run_with_schedules_is_found_again(tmp_path):
+    """Functions have other addresses in another process; the method is the same."""
+    case = quadratic(5, 3)
+    runs = [
+        bilevel.solve(
+            case.problem,
+            case.x0,
+            case.y0,
+            bilevel.SOBA(step_size=lambda k: 0.05, upper_step=lambda k: 0.01, stopping=Stopping(max_iter=steps)),
+            callbacks=[bilevel.Checkpoint(tmp_path / "run")],
+        )
+        for steps in (4, 4)
+    ]
+    assert torch.equal(runs[0].x, runs[1].x)
+    assert len(runs[1].history) == 5
+
+
+def test_what_cannot_be_called_is_refused():
+    case = quadratic(5, 3)
+    for solve in (bilevel.solve, bilevel.AID()):
+        with pytest.raises(TypeError, match=r"data must be a function k -> batch, .* but got list"):
+            solve(case.problem, case.x0, case.y0, data=[1, 2])
+        with pytest.raises(TypeError, match=r"but got ProgressBar; write callbacks=\[...\]"):
+            solve(case.problem, case.x0, case.y0, callbacks=bilevel.ProgressBar())
+
+
 def test_a_finished_run_started_again_is_where_it_ended(tmp_path):
     case = quadratic(5, 3)
     runs = [

@@ -75,6 +75,10 @@ def test_minibatches_change_the_choice():
     assert type(keyed.method).__name__ == "SABA"
     free = choose(problem, x0, y0, lambda k: (X[k : k + 8], t[k : k + 8]))
     assert type(free.method).__name__ == "SOBA"
+    bent = bilevel.Problem(problem.upper, lambda x, y, d: ((d[0] @ torch.sin(3 * y) - d[1]) ** 2).mean() + x**2)
+    not_convex = choose(bent, x0, torch.full_like(y0, 2.0), lambda k: (X[k : k + 8], t[k : k + 8]))
+    assert type(not_convex.method).__name__ == "F2SA"
+    assert not_convex.counts.products > 0
     full = choose(problem, x0, y0, bilevel.Batches((X, t), batch_size=None))
     same = choose(problem, x0, y0, lambda k: (X, t))
     broken = choose(problem, x0, y0, lambda k: (X, t * torch.nan))

@@ -1,11 +1,13 @@
 """The projection onto the coupled set against quadratic programs, its certificate, and curved constraints."""
 
+import dataclasses
+
 import pytest
 import torch
 from problems import DOUBLE
 
 from nestopt import bilevel, constrained
-from nestopt.bilevel.joint_projection import JointSet
+from nestopt.bilevel.joint_projection import JointSet, Rows
 from nestopt.bilevel.problem import Spaces
 from nestopt.linalg import Status
 
@@ -107,4 +109,83 @@ def test_a_wrong_promise_of_affinity_is_seen():
 def test_an_empty_set_is_named():
     c, _, _ = joint(0, 2, constrained.Box(-1e-3, 1e-3))  # the equations need a larger box
     v = torch.zeros(N + M, dtype=DOUBLE)
-    assert c.project(v, c.probe(v)).status == Status.INFEASIBLE
+    found = c.project(v, c.probe(v))
+    assert found.status == Status.INFEASIBLE
+    assert c.conflict(found).endswith("within the sets of x and y")
+
+
+def test_retraction_is_the_projection_to_second_order():
+    c, _, _ = joint(3, 2, BOX, curve=0.01)
+    g = torch.Generator().manual_seed(4)
+    start = c.feasible(torch.randn(N + M, generator=g, dtype=DOUBLE))
+    u = torch.randn(N + M, generator=g, dtype=DOUBLE)
+    gaps = []
+    for size in (1e-1, 1e-2):
+        v = start.point + size * u
+        near, nearest = c.retract(v, start.rows), c.project(v, start.rows)
+        assert near.status == Status.CONVERGED
+        assert float(c.violation(c.values(near.point))) <= 1e-10
+        assert float(c.violation(near.values - c.values(near.point))) <= 1e-12
+        gaps.append(float((near.point - nearest.point).norm()))
+    assert gaps[0] <= 0.1 * 1e-1
+    assert gaps[1] <= 0.02 * gaps[0] + 1e-12
+
+
+def curved_equations():
+    problem = bilevel.Problem(
+        lambda x, y: x.sum() + y.sum(), lambda x, y: y.sum(), equality=lambda x, y: ((x**3).sum() + y.sum())[None]
+    )
+    spaces = Spaces.of(torch.zeros(N, dtype=DOUBLE), torch.zeros(M, dtype=DOUBLE))
+    return JointSet(problem.oracle(spaces), torch.full((1,), M**-0.5, dtype=DOUBLE), 0)
+
+
+BATCHES = {
+    "equations": joint(0, 2, None)[0],
+    "rows and a box": joint(4, 2, BOX)[0],
+    "a ball": joint(0, 2, constrained.Ball(0.7))[0],
+    "curved": joint(3, 2, BOX, curve=0.01)[0],
+    "curved equations": curved_equations(),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_is_the_loop_and_no_item_changes_another(name):
+    c = BATCHES[name]
+    g = torch.Generator().manual_seed(6)
+    start = c.feasible(torch.randn(N + M, generator=g, dtype=DOUBLE))
+    v = start.point + 0.1 * torch.randn(2, 3, N + M, generator=g, dtype=DOUBLE)
+    for project in (c.project, c.onto):
+        together = project(v, start.rows)
+        assert together.codes.shape == (2, 3)
+        assert bool((together.status == Status.CONVERGED).all())
+        for i, j in ((a, b) for a in range(2) for b in range(3)):
+            alone = project(v[i, j], start.rows)
+            assert alone.status == together.status[i, j]
+            for part in ("point", "dual", "residual", "values"):
+                assert torch.allclose(getattr(together, part)[i, j], getattr(alone, part), rtol=0, atol=1e-12), part
+        spoilt = v.clone()
+        spoilt[0, 1] = torch.nan
+        spoilt[1, 2, 3] = torch.inf
+        found = project(spoilt, start.rows)
+        assert found.status[0, 1] == found.status[1, 2] == Status.NON_FINITE
+        kept = torch.tensor([[True, False, True], [True, True, False]])
+        assert bool((found.codes == together.codes)[kept].all())
+        assert torch.allclose(found.point[kept], together.point[kept], rtol=0, atol=1e-12)
+
+
+def test_an_item_without_a_projection_is_the_only_one():
+    problem = bilevel.Problem(
+        lambda x, y: x + y, lambda x, y: y, upper_set=BOX, lower_set=BOX, inequality=lambda x, y: (x + y - 0.5)[None]
+    )
+    zero = torch.tensor(0.0, dtype=DOUBLE)
+    c = JointSet(problem.oracle(Spaces.of(zero, zero.clone())), torch.ones(1, dtype=DOUBLE), 1)
+    rows = c.probe(torch.zeros(2, dtype=DOUBLE))
+    own = [rows, dataclasses.replace(rows, offset=rows.offset - 5.0)]  # x + y <= -4.5 has no point in the box
+    stacked = Rows(
+        *(torch.stack([getattr(one, part) for one in own]) for part in ("jacobian", "offset", "basis", "transform")),
+        1, True,
+    )  # fmt: skip
+    v = torch.tensor([[2.0, 1.0], [2.0, 1.0]], dtype=DOUBLE)
+    found = c.onto(v, stacked)
+    assert [status.name for status in found.status] == ["CONVERGED", "INFEASIBLE"]
+    assert torch.allclose(found.point[0], c.onto(v[0], rows).point, rtol=0, atol=1e-12)

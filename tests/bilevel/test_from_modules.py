@@ -284,8 +284,11 @@ def test_refusals():
         bilevel.from_modules(nn.Tanh(), model, upper_loss, lower_loss)
     with pytest.raises(ValueError, match="batch_norm must be one of"):
         bilevel.from_modules(penalties, model, upper_loss, lower_loss, batch_norm="train")
-    with pytest.raises(ValueError, match="micro_batch must be at least 1"):
-        bilevel.from_modules(penalties, model, upper_loss, lower_loss, micro_batch=0)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match=f"micro_batch must be .* but got {size}"):
+            bilevel.from_modules(penalties, model, upper_loss, lower_loss, micro_batch=size)
+    with pytest.raises(TypeError, match=r"lower_loader must be a .*DataLoader, but got list"):
+        bilevel.from_modules(penalties, model, upper_loss, lower_loss, [(TOKENS, LABELS)])
     with pytest.raises(ValueError, match="upper_loader is given without lower_loader"):
         bilevel.from_modules(penalties, model, upper_loss, lower_loss, None, DataLoader(TensorDataset(TOKENS)))
     with pytest.raises(ValueError, match=r"3 has running statistics and is in train mode"):

@@ -198,9 +198,9 @@ def test_hard_lower_levels(name):
     assert bilevel.solve(problem, x, y, bilevel.AID()).converged
 
 
-@pytest.mark.parametrize(("x", "gradients"), [(-3.0, 3000), (-4.0, 20)])
+@pytest.mark.parametrize(("x", "gradients"), [(-3.0, 700), (-4.0, 20)])
 def test_a_badly_scaled_lasso(x, gradients):
-    """Columns whose sizes differ by a thousand; from zero the Newton steps find the support soon, or late: pinned."""
+    """Columns whose sizes differ by a thousand: Newton steps from zero find the support, or follow a path: pinned."""
     g = torch.Generator().manual_seed(0)
     A = torch.randn(60, 30, generator=g, dtype=DOUBLE) * torch.logspace(-1.5, 1.5, 30, dtype=DOUBLE)
     b = torch.randn(60, generator=g, dtype=DOUBLE)
@@ -217,6 +217,19 @@ def test_a_badly_scaled_lasso(x, gradients):
     on = found.y != 0
     assert float((slope[on] + x.exp() * found.y[on].sign()).norm()) < 1e-8
     assert bool((slope[~on].abs() < x.exp()).all())
+
+
+@pytest.mark.parametrize("part", [constrained.Box(-0.5, 0.5), constrained.NonNegative()], ids=["box", "orthant"])
+def test_badly_scaled_lower_sets(part):
+    """Eigenvalues from 1 to 1e6: the solution's optimality conditions, and few gradients: pinned."""
+    g = torch.Generator().manual_seed(0)
+    A, b = spectrum(20, 1e6, 0), 1e3 * torch.randn(20, generator=g, dtype=DOUBLE)
+    problem = bilevel.Problem(lambda x, y: (y**2).sum(), lambda x, y: y @ A @ y / 2 - x * (b @ y), lower_set=part)
+    x, y = torch.tensor(1.0, dtype=DOUBLE), torch.zeros(20, dtype=DOUBLE)
+    found = lower_level(problem, Spaces.of(x, y)).solve(x[None], y)
+    assert found.status in (Status.CONVERGED, Status.STAGNATED)
+    assert float((found.y - part.project(found.y - (A @ found.y - b))).norm()) < 1e-12 * float((A @ found.y).norm())
+    assert found.counts.lower_gradients < 400
 
 
 @pytest.mark.parametrize("part", ["lower_set", "inequality"])

@@ -193,6 +193,32 @@ def test_upper_sets():
     assert relative(torch.cat([again.x["a"], again.x["b"]]), res.x) < 1e-7
 
 
+@pytest.mark.slow
+def test_inexact_solves_save_products():
+    """Beyond the dimensions in which CG is a direct method."""
+    case = quadratic(40, 12, 1e3)
+    res = check_run(bilevel.AID(), case, 1e-8)
+    exact = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID(warm_start=False))
+    assert res.counts.products < 0.5 * exact.counts.products
+
+
+def test_inexact_solves_cost_no_digit():
+    """Solves are only as accurate as a step can use, but at the point where the run ends they are exact."""
+    case = quadratic(5, 3)
+    res = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID())
+    assert res.residuals["lower"] <= 0.1 * res.tolerance
+    far = bilevel.solve(case.problem, case.x0, case.y0 + 1e6, bilevel.AID())  # of which 1e-3 says nothing
+    assert far.converged
+    assert relative(far.x, case.x_star) < 1e-8
+    at_once = bilevel.solve(case.problem, case.x_star, case.y0, bilevel.AID())
+    assert at_once.converged
+    assert at_once.residuals["lower"] <= 0.1 * at_once.tolerance
+    alone = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID(stopping=Stopping(rtol=None, max_iter=0)))
+    assert (
+        max(alone.residuals["lower"], alone.residuals["adjoint"]) <= alone.tolerance
+    )  # no step: all that is asked for
+
+
 def test_truncated_lower_solver_is_honest():
     """Ten gradient steps a lower solve: the run may not converge, and the residual says how far it is."""
     case = quadratic(40, 12, 1e3)
@@ -254,7 +280,7 @@ def test_memory_is_flat_over_a_thousand_outer_steps():
 @pytest.mark.parametrize(
     ("method", "case", "steps"),
     [
-        (bilevel.AID(), quadratic(5, 3), 9),
+        (bilevel.AID(), quadratic(5, 3), 12),
         (bilevel.HOAG(), quadratic(5, 3), 10),
         (bilevel.AID(), clipped(7), 5),
         (bilevel.AID(), clipped(60, "set"), 6),

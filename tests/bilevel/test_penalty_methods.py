@@ -1,11 +1,22 @@
 """The penalty methods: the published steps, the known answers with and without the second stage, faults and resume."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from laws_bilevel import relative, vector
-from problems import DOUBLE, merely_convex, quadratic, ridge, sine, weighted_l1
+from problems import (
+    DOUBLE,
+    adversarial,
+    kernel_ridge,
+    logistic,
+    merely_convex,
+    quadratic,
+    ridge,
+    sine,
+    weighted_l1,
+)
 
 from nestopt import bilevel, constrained
 from nestopt.linalg import Status, Stopping
@@ -33,6 +44,9 @@ def check(method, case, tol=1e-5):
         assert error <= tol * max(1.0, float(vector(case.x_star).norm())), (case.name, error)
     if case.value is not None:
         assert abs(res.value - case.value) <= tol * max(1.0, abs(case.value))
+    if case.x_star is None and case.value is None:
+        first = float(vector(case.hypergradient(case.x0)).norm())
+        assert float(vector(case.hypergradient(res.x)).norm()) <= tol * first, case.name
     assert [record["iteration"] for record in res.history] == list(range(res.iterations + 1))
     assert res.history[-1]["lower_gradients"] == res.counts.lower_gradients
     smooth = case.problem.lower_prox is None  # the second stage solves the others by semismooth Newton steps
@@ -43,6 +57,16 @@ def check(method, case, tol=1e-5):
 @pytest.mark.parametrize("case", [quadratic(4, 2), sine(1)], ids=name)
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_debiased_to_the_answer(method, case):
+    check(method, case)
+
+
+LARGE = [quadratic(40, 12, 1e3), adversarial(30), ridge(), kernel_ridge(), logistic(), merely_convex(100)]
+PAIRS = [(method, case) for method in METHODS for case in LARGE if case.unique or not method.assumptions.unique]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "case"), [*PAIRS, (METHODS[0], quadratic(200, 50, 1e2))], ids=name)
+def test_debiased_to_the_answer_at_size(method, case):
     check(method, case)
 
 
@@ -233,17 +257,122 @@ def test_faults_keep_the_last_good_state(method):
     assert method(nan, case.x0, case.y0).status == Status.NON_FINITE
 
 
-def test_steps_that_are_too_long_are_named():
+SIZES = [
+    (bilevel.F2SA(penalty=10.0), "lower_step_size", 2 / (10 + 10 / 10)),  # A has the curvature 10, in F and in f
+    (bilevel.F2SA(), "auxiliary_step_size", 2 / 10),
+    (bilevel.F3SA(penalty=10.0), "lower_step_size", 2 / (10 + 10 / 10)),
+    (bilevel.F3SA(), "auxiliary_step_size", 2 / 10),
+    (bilevel.MEHA(gamma=0.1), "auxiliary_step_size", 2 / (10 + 10)),
+    (bilevel.VPBGD(penalty=10.0), "step_size", 2 / (10 + 10 * 10)),
+    (bilevel.VPBGD(), "auxiliary_step_size", 2 / 10),
+    (bilevel.GPBGD(penalty=10.0), "step_size", 2 / (10 + 2 * 10 * 10**2)),
+    (bilevel.BOME(), "step_size", 2 / 10),
+    (bilevel.BOME(), "auxiliary_step_size", 2 / 10),
+    (bilevel.BVFSM(), "auxiliary_step_size", 2 / 10),
+]
+
+
+@pytest.mark.parametrize(("method", "field", "bound"), SIZES, ids=name)
+def test_step_sizes_that_cannot_work_are_refused_with_the_bound(method, field, bound):
     case = quadratic(3, 2)
-    method = bilevel.F2SA(lower_step_size=10.0, auxiliary_step_size=10.0, debias=None)
-    res = method(*start(case))
-    assert res.status in (Status.DIVERGED, Status.NON_FINITE)
+    with pytest.raises(ValueError, match=f"{name(method)}: {field} must be below 2 / L") as caught:
+        dataclasses.replace(method, **{field: 1.3 * bound}).init(*start(case))
+    said = float(re.search(r"2 / L = ([\d.e+-]+),", str(caught.value))[1])
+    assert bound <= 1.01 * said <= 1.2 * bound  # power steps see a lower bound of L
+    dataclasses.replace(method, **{field: 0.9 * bound}).init(*start(case))
+
+
+def test_a_step_in_x_that_is_too_long_diverges():
+    res = bilevel.F2SA(upper_step_size=50.0, debias=None)(*start(quadratic(3, 2)))
+    assert res.status == Status.DIVERGED
     assert "step size" in Status.DIVERGED.value
+
+
+def test_a_penalty_that_overflows_or_is_none():
+    """The step that did it is counted, and the state before it is kept."""
+    case = quadratic(3, 2)
+    for method in METHODS:
+        if "penalty" not in {f.name for f in dataclasses.fields(method)}:
+            continue
+        res = dataclasses.replace(method, penalty=lambda k: 10.0 ** (400 if k == 3 else 1))(*start(case))
+        assert res.status == Status.NON_FINITE, name(method)
+        assert res.iterations == 3
+        assert res.error == res.history[2]["error"] < float("inf")
+        assert bool(torch.isfinite(res.x).all())
+        with pytest.raises(ValueError, match=r"positive numbers, but at step 2 it returned -1\.0"):
+            dataclasses.replace(method, penalty=lambda k: 1.0 - k * (k - 1))(*start(case))
+    low = quadratic(3, 2, dtype=torch.float32)
+    res = bilevel.F2SA(penalty=lambda k: 1e39 if k == 2 else 10.0)(*start(low))
+    assert res.status == Status.NON_FINITE
+    assert res.iterations == 2
+
+
+@pytest.mark.parametrize("method", [*METHODS, bilevel.ValueDifference()], ids=name)
+def test_a_lower_level_without_a_minimiser_diverges(method):
+    """In the first stage or at the begin of the second: the last good state is kept."""
+    one = torch.ones(2, dtype=DOUBLE)
+    problem = bilevel.Problem(lambda x, y: ((y - 1) ** 2).sum(), lambda x, y: (x * y).sum() - (y**2).sum())
+    seen = {}
+    res = method(problem, one, 0.5 * one, callbacks=[lambda k, s: seen.update({int(s.iterations): s})])
+    assert res.status == Status.DIVERGED
+    before = seen[max(res.iterations - 1, 0)]
+    assert torch.equal(res.x, before.x)
+    assert torch.equal(res.y, before.y)
+    assert res.value == float(before.value)
+    assert float(res.y.norm()) < 1e12
+
+
+CONSTRAINED = {
+    "lower_set": constrained.Box(0.0, 1.0), "lower_prox": lambda x: constrained.L1(x.exp()),
+    "inequality": lambda x, y: y - x, "equality": lambda x, y: y.sum()[None] - x.sum()[None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", CONSTRAINED)
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_what_a_method_does_not_take_is_refused_with_those_that_do(method, part):
+    if getattr(method.assumptions, part):
+        return
+    zero = torch.zeros(2, dtype=DOUBLE)
+    problem = bilevel.Problem(
+        lambda x, y: ((y - 1) ** 2).sum(), lambda x, y: ((y - x) ** 2).sum(), **{part: CONSTRAINED[part]}
+    )
+    with pytest.raises(ValueError, match=f"{name(method)} does not take .* has {part}; use bilevel") as caught:
+        method(problem, zero, zero.clone())
+    offered = re.findall(r"bilevel\.(\w+)\(\)", str(caught.value))
+    assert "AID" in offered
+    assert all(getattr(getattr(bilevel, other).assumptions, part) for other in offered)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_automatic_sizes_do_not_depend_on_how_sums_are_formed(method):
+    """As between one process and two that have a part of the samples each: differences at the rounding level only."""
+    X, Z, t, u = (
+        torch.randn(*n, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+        for n in ((26, 4), (18, 4), (26,), (18,))
+    )
+
+    def mean(r, cut):
+        n = len(r)
+        return r.mean() if not cut else (r[:cut].mean() * (2 * cut / n) + r[cut:].mean() * (2 * (n - cut) / n)) / 2
+
+    def path(cut):
+        problem = bilevel.Problem(
+            lambda x, y: mean((Z @ y - u) ** 2, cut) / 2,
+            lambda x, y: mean((X @ y - t) ** 2, cut) / 2 + x.exp() @ y**2 / 2,
+        )
+        points, bare = [], dataclasses.replace(method, debias=None, stopping=Stopping(rtol=0.0, max_iter=30))
+        keep = [lambda k, s: points.append(torch.cat([s.x_vector, s.y_vector, s.value[None]]))]
+        bare(problem, torch.full((4,), -1.0, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE), callbacks=keep)
+        return torch.stack(points)
+
+    whole = path(0)
+    assert float((path(7) - whole).abs().max()) <= 1e-12 * float(whole.abs().max())
 
 
 def test_refusals():
     case = quadratic(3, 2)
-    with pytest.raises(ValueError, match="debias=None"):
+    with pytest.raises(ValueError, match=r"pass F2SA\(debias=None\), and afterwards run ValueDifference\(\)"):
         bilevel.F2SA()(*start(case), data=lambda k: None if k < 0 else 1)
     with pytest.raises(ValueError, match="F2SA does not take a lower prox"):
         bilevel.F2SA()(*start(weighted_l1(2)))

@@ -12,7 +12,7 @@ import torch
 
 # The runs are processes of their own, forked from one that has only imported: the imports are most of their time.
 WORKER = str(Path(__file__).with_name("resume_worker.py"))
-RUNS = ["AID, Adam", "F2SA, second stage", "BAMM", "SOBA", "SABA", "Unrolled", "modules"]
+RUNS = ["AID, Adam", "F2SA, second stage", "BAMM", "SOBA", "SABA", "MRBO", "BSVRB", "Unrolled", "modules"]
 
 
 @pytest.fixture(scope="module")

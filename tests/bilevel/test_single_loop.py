@@ -95,6 +95,7 @@ PUBLISHED = [
     bilevel.SOBA(upper_step=0.05),
     bilevel.SOBA(upper_step=Polynomial(power=0.1, first=0.1)),
     bilevel.MRBO(step_size=0.15, upper_step=0.05),
+    bilevel.MRBO.published(step_size=0.19, upper_step=0.3),
     bilevel.TTSA(step_size=Polynomial(0.05, 0.19), upper_step=Polynomial(0.1, 0.1)),
     bilevel.AmIGO(step_size=0.19, upper_step=0.3, inner=5),
     bilevel.StocBiO(step_size=0.19, upper_step=0.3, inner=5, terms=150),
@@ -296,3 +297,14 @@ def test_pinned():
     assert steps[2] <= 200
     # without samples the estimators are exact, and these are one method
     assert len({bilevel.solve(same.problem, same.x0, same.y0, method).iterations for method in ONE_STEP}) == 1
+
+
+def test_given_steps_need_no_lower_minimiser_at_the_start():
+    """f_yy < 0 at y0, as in a network that has not been trained; y* = sqrt(x), and F is least at x = 2.25."""
+    problem = bilevel.Problem(
+        lambda x, y: ((y - 1.5) ** 2).sum() / 2, lambda x, y: (y**4).sum() / 4 - (x * y**2).sum() / 2
+    )
+    x0, y0 = torch.ones(2, dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
+    res = bilevel.solve(problem, x0, y0, bilevel.SOBA(step_size=0.1, upper_step=0.1))
+    assert res.status == Status.CONVERGED
+    torch.testing.assert_close(res.x, torch.full_like(x0, 2.25), rtol=1e-6, atol=0)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from nestopt import bilevel
 from nestopt.bilevel import Batches, Polynomial
+from nestopt.bilevel.parts import Mapped
 from nestopt.linalg import Status, Stopping
 
 
@@ -97,6 +98,51 @@ def test_plain_samples_reach_a_noise_ball(method, steps):
     assert res.status == Status.MAX_ITER
     assert res.error < noise(truth)
     assert abs(float(res.x - truth.x)) < 0.5 * abs(float(far[0] - truth.x))
+
+
+def fall(method, problem, start, sources, k):
+    """The error on all samples after 8 k steps to that after k: root mean squares over sources and the last fifths."""
+    squares = {k: [], 8 * k: []}
+    method = limited(method, 8 * k, rtol=0.0)
+    for source in sources:
+        whole = source.whole()
+
+        def watch(_, state, whole=whole):
+            i = int(state.iterations)
+            for end, seen in squares.items():
+                if 0.8 * end <= i <= end and i % (k // 20) == 0:
+                    seen.append(float(method.measure(problem, state, whole).error) ** 2)
+
+        bilevel.solve(problem, *start, method, data=lambda i, source=source: source(i), callbacks=[watch])
+    first, last = ((sum(seen) / len(seen)) ** 0.5 for seen in squares.values())
+    return last / first
+
+
+@pytest.mark.slow
+def test_momentum_lets_the_noise_vanish():
+    """MRBO's error falls like k^(-1/2), to 0.35 over eight times the steps; by its steps alone, like k^(-1/4)."""
+    truth = answer(RIDGE)
+    start = truth.x + 0.5, truth.y
+    sources = [Batches(LOWER, UPPER, batch_size=15, seed=seed) for seed in (1, 2)]
+    assert fall(bilevel.MRBO(), RIDGE, start, sources, 200) < 0.5
+    single = [Batches(LOWER, UPPER, batch_size=1, seed=1)]
+    assert fall(bilevel.MRBO(), RIDGE, start, single, 200) < 0.5
+
+
+def test_momentum_follows_the_square_of_the_step():
+    data = Batches(LOWER, UPPER, batch_size=15, seed=1)
+    weights = []
+
+    class Told(bilevel.STORM):
+        def weight(self, k, size):
+            weights.append((size, super().weight(k, size)))
+            return weights[-1][1]
+
+    bilevel.solve(RIDGE, *START, limited(bilevel.MRBO(estimator=Told()), 12), data=data)
+    assert [weight for _, weight in weights[:3]] == [1 / 2, 1 / 3, 1 / 4]  # a mean, until the step's square is larger
+    bilevel.solve(RIDGE, *START, limited(bilevel.MRBO(estimator=Told(), step_size=0.3), 12), data=data)
+    assert weights[-1][1] == max(weights[-1][0] ** 2 / 4, 1 / 13)
+    assert 0.3 < weights[-1][0] < 2  # b L
 
 
 @pytest.mark.parametrize("method", [bilevel.SOBA(), bilevel.StocBiO(terms=5), bilevel.SABA()], ids=repr_of)
@@ -251,6 +297,58 @@ def test_loaders_run_with_a_held_certificate():
     assert res.counts.samples > 60 * 15
 
 
+class Passed(Mapped):
+    """Another source's samples as they are."""
+
+    def put(self, part, k):
+        return part
+
+
+@pytest.mark.parametrize("method", [bilevel.SABA(), bilevel.SRBA()], ids=repr_of)
+def test_memories_see_through_what_maps_the_samples(method):
+    data = Batches(LOWER, UPPER, batch_size=25, seed=1)
+    plain, mapped = (bilevel.solve(RIDGE, *START, limited(method, 8), data=source) for source in (data, Passed(data)))
+    assert torch.equal(plain.x, mapped.x)
+    assert plain.error == mapped.error
+
+
+@pytest.mark.parametrize(
+    "method", [bilevel.SOBA(), bilevel.MRBO(), bilevel.AmIGO(inner=3), bilevel.BAMM()], ids=repr_of
+)
+def test_batches_of_varying_sizes(method):
+    def rows(values, k):
+        return tuple(part[k % 7 : k % 7 + 10 + 5 * (k % 9)] for part in values)
+
+    held = bilevel.Batch(upper=UPPER, lower=LOWER)
+    method, start = limited(method, 40), (START[0] + 2, START[1])
+    draws = lambda k: bilevel.Batch(rows(UPPER, k), rows(LOWER, k))  # noqa: E731
+    res = bilevel.solve(RIDGE, *start, method, data=draws, held=held, check_every=40)
+    assert res.status == Status.MAX_ITER
+    assert res.error < 0.7 * res.history[0]["error"]
+
+
+class Killed(Exception):
+    """Ends a run from outside."""
+
+
+def test_a_resumed_run_whose_sampler_has_lost_its_place_is_refused(tmp_path):
+    def run(callbacks, **options):
+        loaders = [DataLoader(TensorDataset(*part), batch_size=15, shuffle=True, **options) for part in (LOWER, UPPER)]
+        held = bilevel.Batch(upper=UPPER, lower=LOWER)
+        method = limited(bilevel.SOBA(step_size=0.1, upper_step=0.1), 9)
+        bilevel.solve(RIDGE, *START, method, data=bilevel.FromLoader(*loaders), held=held, callbacks=callbacks)
+
+    def kill(_, state):
+        if int(state.iterations) == 5:
+            raise Killed
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(Killed):
+        run([bilevel.Checkpoint(path, every=3), kill])
+    with pytest.raises(ValueError, match=r"batch 4 of the lower loader.*RandomSampler.*lost its place; build the Data"):
+        run([bilevel.Checkpoint(path)])
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="SAGA memories need samples with keys"):
         bilevel.SABA()(RIDGE, *START, data=lambda k: LOWER)
@@ -260,15 +358,40 @@ def test_refusals():
         bilevel.SOBA()(RIDGE, *START, data=Batches(LOWER, UPPER, batch_size=10), check_every=0)
 
 
-def test_nan_batch_ends_the_run_with_the_last_good_point():
-    bad = (LOWER[0], LOWER[1].clone())
-    data = Batches(bad, UPPER, batch_size=15, seed=1)
-    bad[1][data.lower.blocks[2][0]] = torch.nan
-    method = limited(bilevel.SOBA(step_size=0.1, upper_step=0.1), 50)
-    res = bilevel.solve(RIDGE, *START, method, data=lambda k: data(0) if k == 0 else data(k))
+PLAIN_STEPS = {"step_size": 0.1, "upper_step": 0.1}
+POISONED = [
+    bilevel.SOBA(**PLAIN_STEPS), bilevel.MRBO(**PLAIN_STEPS), bilevel.AmIGO(inner=3, **PLAIN_STEPS),
+    bilevel.StocBiO(inner=3, terms=3, **PLAIN_STEPS), bilevel.BAMM(**PLAIN_STEPS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["lower", "upper"])
+@pytest.mark.parametrize("method", POISONED, ids=repr_of)
+def test_nan_batch_ends_the_run_with_the_last_good_point(method, level):
+    bad = {"lower": (LOWER[0], LOWER[1].clone()), "upper": (UPPER[0], UPPER[1].clone())}
+    data = Batches(bad["lower"], bad["upper"], batch_size=15, seed=1)
+    bad[level][1][getattr(data, level).blocks[2][0]] = torch.nan
+    good = next(k for k in range(9) if getattr(data(k), f"{level}_block") != 2)
+    points = []
+
+    def watch(_, state):
+        points.append((state.x, state.y))
+
+    res = bilevel.solve(RIDGE, *START, limited(method, 50), data=lambda k: data(k or good), callbacks=[watch])
     assert res.status == Status.NON_FINITE
-    assert torch.isfinite(res.x)
-    assert torch.isfinite(res.y).all()
+    assert torch.equal(res.x, points[-2][0])
+    assert torch.equal(res.y, points[-2][1])
+    assert torch.isfinite(torch.cat([res.x[None], res.y])).all()
+    assert res.iterations > 0
+
+
+@pytest.mark.parametrize("method", [bilevel.SOBA(), bilevel.SABA(), bilevel.SRBA()], ids=repr_of)
+def test_nan_sample_is_seen_by_the_first_certificate(method):
+    bad = (LOWER[0], LOWER[1].clone())
+    bad[1][7] = torch.nan
+    res = bilevel.solve(RIDGE, *START, limited(method, 50), data=Batches(bad, UPPER, batch_size=15))
+    assert res.status == Status.NON_FINITE
+    assert float(res.x) == float(START[0])
 
 
 def block_problem(m=12, n=8, p=3, seed=1):
@@ -300,6 +423,50 @@ def test_bsvrb_moves_the_drawn_blocks_alone():
         assert not bool((moved.y[~others] == state.y[~others]).any())
         assert moved.counts.samples - state.counts.samples == 2 * (3 * 4 + 3 * 3 * 4)  # whatever m is
         state = moved
+
+
+TRACKS = ["adjoint", "hessian"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("track", TRACKS)
+def test_bsvrb_lets_the_noise_vanish(track):
+    problem, lower, upper, start = block_problem()
+    data = [bilevel.BlockBatches(lower, upper, blocks=4, batch_size=6, seed=seed) for seed in (1, 2)]
+    assert fall(bilevel.BSVRB(track=track), problem, start, data, 60) < 0.5
+
+
+def test_tracked_hessians_are_exact_without_noise():
+    """All blocks and samples at each step: H_i is f_i's Hessian, so that v solves its system to rounding."""
+    problem, lower, upper, start = block_problem()
+    data = bilevel.BlockBatches(lower, upper, blocks=12, batch_size=8)
+    res = bilevel.solve(problem, *start, limited(bilevel.BSVRB(track="hessian"), 4), data=data)
+    measured = res.method.measure(problem, res.state, data.whole())
+    assert measured.residuals["adjoint"] < 1e-12
+    assert measured.residuals["lower"] > 1e-3
+    few = bilevel.BlockBatches(lower, upper, blocks=3, batch_size=4, seed=1)
+    method = bilevel.BSVRB(track="hessian")
+    state = method.init(problem, *start, few(0))
+    moved = method.step(problem, state, few(1))
+    assert moved.counts.products - state.counts.products == 4 + 2 * 3  # blocks of dimension 3
+    with pytest.raises(ValueError, match='track="hessian" keeps a Hessian for every block'):
+        method(problem, *start, data=lambda k: bilevel.Batch(upper=upper, lower=lower))
+    with pytest.raises(ValueError, match=r"momentum must be in \(0, 1/2\].*at step 1"):
+        bilevel.BSVRB(estimator=bilevel.STORM(lambda k: 1.0))(problem, *start, data=few)
+    with pytest.raises(ValueError, match='track must be "adjoint" or "hessian"'):
+        bilevel.BSVRB(track="both")
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_bsvrb_keeps_the_last_good_point(track):
+    problem, lower, upper, start = block_problem()
+    bad = (lower[0], lower[1].clone())
+    data = bilevel.BlockBatches(bad, upper, blocks=3, batch_size=4, seed=1)
+    last = next(i for i in range(12) if i not in data(0).blocks)
+    bad[1][last] = torch.nan
+    res = bilevel.solve(problem, *start, limited(bilevel.BSVRB(track=track), 50), data=lambda k: data(k))
+    assert res.status == Status.NON_FINITE
+    assert bool(torch.isfinite(res.x).all() and torch.isfinite(res.y).all() and torch.isfinite(res.state.adjoint).all())
 
 
 @pytest.mark.slow

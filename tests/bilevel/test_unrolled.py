@@ -1,6 +1,7 @@
 """Methods that differentiate through the lower level's solver."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -281,6 +282,85 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state():
     assert torch.equal(res.x, start[0])
     res = bilevel.solve(problem, *start, bilevel.Unrolled())
     assert not res.converged
+
+
+def test_divergence_along_the_way_keeps_the_last_good_state():
+    """The upper level drives the lower curvature exp(x) beyond 2 / lr = 4."""
+    problem = bilevel.Problem(lambda x, y: -x.sum() + 0 * y.sum(), lambda x, y: (x.exp() * y**2).sum() / 2)
+    start = torch.zeros(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)
+    method = bilevel.Unrolled(
+        steps=120, optimizer=implicit.SGD(0.5), upper_step=bilevel.ConstantStep(0.3), warm_start=False
+    )
+    res = bilevel.solve(problem, *start, method)
+    assert res.status == Status.DIVERGED
+    assert abs(float(res.x) - 1.2) < 1e-12  # the last multiple of 0.3 with exp(x) < 4
+    assert abs(float(res.y)) < 1e-6
+    assert 0 < int(res.state.diverged_at) < 120
+    with pytest.raises(linalg.SolverError, match=rf"Inner step {int(res.state.diverged_at)} ran away.*last good"):
+        res.unwrap()
+
+
+BIASED = [
+    bilevel.Unrolled(truncation=3, stopping=Stopping(rtol=None, max_iter=5)),
+    bilevel.DARTS.published(0.1),
+    bilevel.BMG(
+        metric=lambda x, y, d: d * torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0], dtype=DOUBLE),
+        stopping=Stopping(rtol=1e-3, max_iter=15),
+    ),
+]
+
+
+@pytest.mark.parametrize("method", BIASED, ids=["truncated", "one step", "metric"])
+def test_a_bias_is_measured_and_said(method):
+    case = quadratic(5, 3)
+    res = bilevel.solve(case.problem, case.x0, case.y0, method)
+    said = Status.STAGNATED, Status.MAX_ITER, Status.LINE_SEARCH_FAILED
+    assert res.status in said, (res.status, res.residuals, res.tolerance)
+    assert relative(res.x, case.x_star) > 1e-4
+    assert max(value for name, value in res.residuals.items() if name != "upper") > res.tolerance
+    with pytest.raises(linalg.SolverError, match="none that steps in x lower"):
+        res.unwrap()
+
+
+@pytest.mark.parametrize(
+    "sgd",
+    [
+        implicit.SGD(1.0), implicit.SGD(1.0, momentum=0.9), implicit.SGD(1.0, momentum=0.9, nesterov=True),
+        implicit.SGD(1.0, momentum=0.5, dampening=0.5), implicit.SGD(1.0, weight_decay=3.0),
+    ],
+    ids=["plain", "momentum", "nesterov", "dampening", "weight decay"],
+)  # fmt: skip
+def test_the_bound_of_step_sizes_is_the_last_that_works(sgd):
+    case = quadratic(5, 3)
+    with pytest.raises(ValueError, match="must be below") as caught:
+        bilevel.Unrolled(steps=1, optimizer=sgd).init(case.problem, case.x0, case.y0)
+    bound = float(str(caught.value).split("must be below ")[1].split(",")[0])
+    ends = []
+    for lr in (0.97 * bound, 1.03 * bound):
+        y, state = torch.ones(1, dtype=DOUBLE), sgd.init(torch.ones(1, dtype=DOUBLE))
+        for _ in range(1000):
+            y, state = replace(sgd, lr=lr).step(y, 10 * y, state)
+        ends.append(abs(float(y)))
+    assert ends[0] < 1e-3
+    assert ends[1] > 1e3
+
+
+def test_the_start_is_not_held_through_the_run():
+    """Neither its vectors, nor the graphs of any evaluation, nor y0 where it is not needed again."""
+    case, seen, alive = quadratic(5, 3), [], []
+
+    def watch(k, state):
+        seen.append(weakref.ref(state.hypergradient))
+        alive.append(len({id(ref()) for ref in seen if ref() is not None}))
+
+    method = bilevel.Unrolled(steps=5, truncation=2, optimizer=implicit.SGD(0.1))
+    res = bilevel.solve(case.problem, case.x0, case.y0, method, callbacks=[watch])
+    assert res.iterations > 5
+    assert max(alive) == 1  # that of the state at hand
+    assert res.state.y_first.numel() == 0
+    # nothing is spent on f's curvature but what the refusal of a step size needs
+    counts = method.init(case.problem, case.x0, case.y0).counts
+    assert (counts.products, counts.lower_gradients) == (2, 11 + 1 + 5 + 1 + 2)
 
 
 def test_each_inner_step_has_its_batch():

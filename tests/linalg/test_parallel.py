@@ -30,7 +30,7 @@ def worker(*arguments):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_agree_with_one(processes, tmp_path):
     done = worker("all", str(processes), str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,6 +38,7 @@ def test_processes_agree_with_one(processes, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["ends", "silent"])
 def test_a_lost_rank_is_an_error_within_the_timeout(fate, tmp_path):
     done = worker("die", str(tmp_path / "store"), fate)
