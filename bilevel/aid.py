@@ -15,9 +15,10 @@ from .upper_step import UpperStep
 __all__ = ["AID", "upper_tolerance"]
 
 _FIRST = 1e-3  # what the first solves have to gain on (x0, y0)
-_FORCING = 0.1  # what a solve has to gain on its warm start
+_FORCING = 0.01  # what a solve has to gain on its warm start
 
 _AGREE, _DOUBT = 0.05, 0.2  # how far values and hypergradients may differ over a step
+_TIGHTEST = 1e-8  # factor on tolerances
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class AID(ImplicitMethod):
     smaller size.
 
     Where NewtonCG() solves a smooth lower level and the rule searches along a line (the defaults do), both solves need
-    only bring the residual at their warm start down to eta times it, eta <= 0.1: as steps shrink, so do the errors.
+    only bring the residual at their warm start down to eta times it, eta <= 0.01: as steps shrink, so do the errors.
     What the rule compares is F - v'f_y, which has the lower solver's error to second order only. eta is divided by ten
     where the values and the hypergradients at both ends of a step disagree by more than 20 % of the trapezoidal rule,
-    or a trial is rejected, and grows fourfold where they agree to 5 %; after three rejected trials x itself is
-    evaluated anew to a tenth of the run's tolerance, and so is a point at which the run is to end: nothing but the
-    upper step limits the accuracy of the answer. (x0, y0) is solved to 1e-3, or on, where |v'f_y| is
+    or a trial is rejected, and grows fourfold where they agree to 5 %; after a rejected trial x itself is evaluated
+    anew to a tenth of the run's tolerance, and so is a point at which the run is to end: nothing but the upper step
+    limits the accuracy of the answer. (x0, y0) is solved to 1e-3, or on, where |v'f_y| is
     above 1 % of F. Other rules and solvers, and runs without warm starts, solve everything to a tenth of the tolerance.
 
     A lower level with a set, a prox or constraints is solved by `CompositeLevel` or `ProgramLevel`, and its
@@ -99,7 +100,14 @@ class AID(ImplicitMethod):
     def _tightened(self, tightening: float, rise: float | None = None, slopes: float = 0.0) -> float:
         # values have their error to second order, hypergradients to first: where both say the same of a step, solves
         # may be loose, and where they do not, it is these errors or a step too long for the trapezoidal rule
+        less = max(0.1 * tightening, _TIGHTEST)
         if rise is None:
-            return 0.1 * tightening
+            return less
         off = abs(rise - slopes) / max(abs(rise), abs(slopes), 1e-300)
-        return min(1.0, 4 * tightening) if off <= _AGREE else tightening if off <= _DOUBT else 0.1 * tightening
+        return (
+            min(1.0, 4 * tightening)
+            if off <= _AGREE
+            else tightening
+            if off <= _DOUBT
+            else max(0.1 * tightening, _TIGHTEST)
+        )

@@ -161,8 +161,10 @@ class ImplicitMethod(Method):
         eps = torch.finfo(x.dtype).eps
         # F(x, y) - v'f_y has the lower solver's error to second order only
         value = e.corrected(s.adjoint) if inexact else e.value
-        left = 0.0 if inexact else float(s.adjoint.norm() * (e.lower_residual + s.residuals["lower"]))
-        noise = 10 * eps * float(s.value.abs()) + left
+        exact = max(float(e.lower_residual), float(s.residuals["lower"])) <= 0.1 * float(s.tolerance)
+        left = float(s.adjoint.norm() * (e.lower_residual + s.residuals["lower"])) if exact or not inexact else 0.0
+        rounding = float(s.value.abs()) + float(s.adjoint.norm()) * s.lower_scale
+        noise = 10 * eps * rounding + left
         if e.fault is None and step.accepts(s.rule, dx, s.hypergradient, value, noise):
             e = evaluator.differentiate(e, s.adjoint if self.warm_start else None, accuracy.enough)
             if inexact and e.fault is None:
@@ -181,11 +183,12 @@ class ImplicitMethod(Method):
         code = _RUNNING
         if stuck or singular >= _SINGULAR_TRIALS:
             code = (e.fault or Status.LINE_SEARCH_FAILED).code
-        s = replace(
+        shorter = replace(
             s, rule=rule, codes=torch.tensor(code), counts=s.counts + e.counts, iterations=s.iterations + 1,
             singular=singular, rejected=s.rejected + 1, tightening=self._tightened(s.tightening),
         )  # fmt: skip
-        return self._doubted(problem, s, data) if inexact and code == _RUNNING and s.rejected >= REJECTIONS else s
+        rough = float(s.residuals["lower"]) > 0.1 * float(s.tolerance) or float(s.residuals["adjoint"]) > s.tolerance
+        return self._doubted(problem, shorter, s.rule, data) if inexact and rough and e.fault is None else shorter
 
     def _first(
         self, problem: Problem, spaces: Spaces, data: Any, x: Tensor, y: Tensor, scale: float
@@ -222,13 +225,23 @@ class ImplicitMethod(Method):
         again = self._exact(problem, spaces, tolerance, (e.x, e.y, e.dual), e.adjoint, data)
         return replace(again, counts=e.counts + again.counts)
 
-    def _doubted(self, problem: Problem, s: ImplicitState, data: Any) -> ImplicitState:
-        """The state, its point evaluated exactly: trials in a row were worse than what it believes of itself."""
+    def _doubted(self, problem: Problem, s: ImplicitState, rule: StepState, data: Any) -> ImplicitState:
+        """The state, its point evaluated exactly: a trial was worse than what the state believes of itself.
+
+        Args:
+            problem: the problem.
+            s: the state, its step shortened.
+            rule: the step's, before that: what an inexact value refused is worth another trial.
+            data: third argument of the objectives.
+
+        Returns:
+            The state.
+        """
         point = s.x_vector, s.y_vector, s.dual
         e = self._exact(problem, s.spaces, float(s.tolerance), point, s.adjoint, data)
         if e.fault is not None:
             return replace(s, counts=s.counts + e.counts)
-        rule = replace(s.rule, values=torch.cat([s.rule.values[:-1], e.value[None]]))
+        rule = replace(rule, values=torch.cat([rule.values[:-1], e.value[None]]))
         again = self._state(
             problem, s.spaces, e, rule, float(s.tolerance), s.counts + e.counts, int(s.iterations), s.y_first
         )

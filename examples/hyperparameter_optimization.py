@@ -104,7 +104,7 @@ def clean_labels(validation_points, quick):
         row(name, 1, begun, float(validation(logits, y)), accuracy(y))
 
     begun, problem = time.perf_counter(), bilevel.Problem(upper=validation, lower=training)
-    method = bilevel.AID(stopping=linalg.Stopping(rtol=1e-3, max_iter=5 if quick else 60))
+    method = bilevel.AID(stopping=linalg.Stopping(rtol=3e-4, max_iter=5 if quick else 60))
     bar = bilevel.ProgressBar(label=f"cleaning, {validation_points}")
     res = bilevel.solve(problem, torch.zeros(800), y0, method, callbacks=[bar])
     row("hypergradients", res.counts.lower_solves, begun, res.value, accuracy(res.y))

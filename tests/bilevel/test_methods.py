@@ -280,7 +280,7 @@ def test_memory_is_flat_over_a_thousand_outer_steps():
 @pytest.mark.parametrize(
     ("method", "case", "steps"),
     [
-        (bilevel.AID(), quadratic(5, 3), 12),
+        (bilevel.AID(), quadratic(5, 3), 9),
         (bilevel.HOAG(), quadratic(5, 3), 10),
         (bilevel.AID(), clipped(7), 5),
         (bilevel.AID(), clipped(60, "set"), 6),
