@@ -70,16 +70,12 @@ def trajectory(problem, method, data):
     return torch.stack(points)
 
 
-# Given, since automatic ones come from differences of gradients, which raise the rounding of sums by eps^(-1/2).
-SIZES = {"penalty": 20.0, "upper_step_size": 0.05, "lower_step_size": 0.1, "auxiliary_step_size": 0.1}
-
-
 def methods():
     few = Stopping(rtol=None, max_iter=6)
     return {
         "SOBA": (bilevel.SOBA(step_size=0.2, upper_step=0.1, stopping=few), 7),
         "AID": (bilevel.AID(stopping=Stopping(rtol=1e-6, max_iter=3)), None),
-        "F2SA": (bilevel.F2SA(debias=None, steps=2, stopping=few, **SIZES), 7),
+        "F2SA": (bilevel.F2SA(debias=None, steps=2, stopping=few), 7),
         "SABA": (bilevel.SABA(step_size=0.2, upper_step=0.1, stopping=few), 7),  # unequal blocks: 7, 7, 7, 5
         "SRBA": (bilevel.SRBA(step_size=0.2, upper_step=0.1, stopping=few), 7),
         "MRBO": (bilevel.MRBO(step_size=0.2, upper_step=0.1, stopping=few), 7),

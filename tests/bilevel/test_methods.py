@@ -213,10 +213,9 @@ def test_inexact_solves_cost_no_digit():
     at_once = bilevel.solve(case.problem, case.x_star, case.y0, bilevel.AID())
     assert at_once.converged
     assert at_once.residuals["lower"] <= 0.1 * at_once.tolerance
+    # no step: the start is all that is asked for
     alone = bilevel.solve(case.problem, case.x0, case.y0, bilevel.AID(stopping=Stopping(rtol=None, max_iter=0)))
-    assert (
-        max(alone.residuals["lower"], alone.residuals["adjoint"]) <= alone.tolerance
-    )  # no step: all that is asked for
+    assert max(alone.residuals["lower"], alone.residuals["adjoint"]) <= alone.tolerance
 
 
 def test_truncated_lower_solver_is_honest():
