@@ -72,7 +72,7 @@ class BLOCC(PenaltyMethod):
         upper_step: None for QuasiNewtonStep() on the whole space and SpectralStep() on a set.
         scale_rows: divide each constraint by the norm of its gradient at the start.
         debias: the second stage, which removes the penalty's bias; None for the bare method.
-        stopping: rtol None is 1e-6 in float64 and 1e-3 in float32.
+        stopping: rtol None is 1e-7 in float64 and 1e-3 in float32.
 
     Raises:
         ValueError: if penalty or radius is not positive and finite; by `init` for data without an upper_step.

@@ -63,7 +63,7 @@ class BiCGAFFA(CoupledMethod):
         dual_step_size: beta.
         scale_rows: divide each constraint by the norm of its gradient at the start.
         debias: the second stage, which removes the penalty's bias; None for the bare method.
-        stopping: rtol None is 1e-6 in float64 and 1e-3 in float32.
+        stopping: rtol None is 1e-7 in float64 and 1e-3 in float32.
 
     Raises:
         ValueError: for parameters that cannot work, by `init` for a step size beyond its bound.

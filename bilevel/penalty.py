@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ class PenaltyMethod(Method):
     """
 
     debias: Method | None
-    double_rtol: ClassVar[float] = 1e-6  # of a stopping without one, in float64
 
     @property
     def max_steps(self) -> int:
@@ -168,7 +167,7 @@ class PenaltyMethod(Method):
         finite = torch.isfinite(upper.value) & torch.isfinite(scale)
         return {
             "x_vector": x, "y_vector": y, "value": upper.value, "scale": scale, "spaces": oracle.spaces,
-            "tolerance": penalty_tolerance(self.stopping, scale, self.double_rtol), "counts": oracle.counts,
+            "tolerance": penalty_tolerance(self.stopping, scale), "counts": oracle.counts,
             "codes": torch.tensor(Status.RUNNING.code if bool(finite) else Status.NON_FINITE.code),
             "iterations": torch.tensor(0),
         }  # fmt: skip
@@ -198,18 +197,17 @@ def refuse_sizes(method: Any, *names: str) -> None:
             )
 
 
-def penalty_tolerance(stopping: Stopping, scale: Tensor, rtol: float = 1e-7) -> Tensor:
-    """max(rtol * scale, atol), where the stopping's rtol None is the one given here, and 1e-3 in lower precision.
+def penalty_tolerance(stopping: Stopping, scale: Tensor) -> Tensor:
+    """max(rtol * scale, atol), where rtol None is 1e-7 in float64 and 1e-3 in lower precision.
 
     Args:
         stopping: of the method.
         scale: |F_x| + |F_y| at the start, which may be a hundred times the hypergradient.
-        rtol: in float64.
 
     Returns:
         The absolute tolerance of a run.
     """
-    return stopping.tolerance(scale, rtol if scale.dtype == torch.float64 else 1e-3)
+    return stopping.tolerance(scale, 1e-7 if scale.dtype == torch.float64 else 1e-3)
 
 
 def _settled(s: PenaltyState) -> bool:

@@ -105,7 +105,6 @@ class WatchedMethod(PenaltyMethod):
     """A penalty method of gradient steps in x and y. A subclass writes `_first` and `_advance`."""
 
     parts: ClassVar[dict[str, type]] = {"counts": Counts, "watch": Watch}
-    double_rtol: ClassVar[float] = 1e-7
 
     @abstractmethod
     def _first(self, oracle: Oracle, upper: Slopes, shared: dict[str, Any]) -> Any:
