@@ -112,24 +112,35 @@ def environment() -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
     """Error against seconds and against gradients plus products, for one problem of each group."""
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = Figure(figsize=(17, 7), layout="constrained")
     axes = figure.subplots(2, len(GROUPS))
+    names = sorted({row["method"] for row in rows})
+    looks = {
+        name: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10]} for i, name in enumerate(names)
+    }
+    lines = {}
     for column, (group, cases) in enumerate(GROUPS.items()):
-        name = cases[min(1, len(cases) - 1)].name
-        for row in (row for row in rows if row["problem"] == name):
-            error = [max(point["error"], 1e-16) for point in row["path"]]
-            work = [point["gradients"] + point["products"] for point in row["path"]]
-            axes[0][column].loglog([point["seconds"] for point in row["path"]], error, label=row["method"])
-            axes[1][column].loglog(work, error, label=row["method"])
-        axes[0][column].set(title=f"{group}: {name}", xlabel="seconds", ylabel="relative error")
+        problem = cases[min(1, len(cases) - 1)].name
+        for row in (row for row in rows if row["problem"] == problem and row["path"]):
+            points = [*row["path"], row]  # the last one is of the result
+            error = [max(point["error"], 1e-16) for point in points]
+            work = [point["gradients"] + point["products"] for point in points]
+            look = looks[row["method"]]
+            axes[0][column].loglog([point["seconds"] for point in points], error, **look)
+            (lines[row["method"]],) = axes[1][column].loglog(work, error, **look)
+        axes[0][column].set_title(f"{group}: {problem}", fontsize=10)
+        axes[0][column].set(xlabel="seconds", ylabel="relative error")
         axes[1][column].set(xlabel="gradients and products", ylabel="relative error")
-        if axes[1][column].lines:
-            axes[1][column].legend(frameon=False, fontsize=6, ncols=2)
-    figure.savefig(output, dpi=110)
+    known = sorted(lines)
+    figure.legend([lines[name] for name in known], known, loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(output, dpi=100)
 
 
 def write(rows: list[dict[str, Any]], environment: dict[str, Any], output: Path) -> None:
-    output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    for row in rows:  # the paths fill most of the file
+        row["path"] = [{key: float(f"{value:.4g}") for key, value in point.items()} for point in row["path"]]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    output.write_text(f'{{"environment": {json.dumps(environment)}, "rows": [\n{lines}\n]}}\n')
     draw(rows, output.with_suffix(".png"))
 
 
